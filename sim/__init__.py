@@ -1,0 +1,1 @@
+"""LIBERO: environments, rollouts, evaluation. May import `quant` and `mllm`; knows no ROS."""
