@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -73,11 +73,13 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     the world frame, "gripper_qpos": (2,) m, "joint_pos": (7,) rad, "joint_vel": (7,) rad/s}}, float64, taken at the
     instants at which robosuite takes its own.
     Reward is 1 in the step that reaches the goal, which ends the episode, and 0 before it.
-    info: "success" bool; "step" control steps since settling; "timing" {"physics": s, "render": s}.
+    info: "success" bool; "step" control steps since settling; "stamp" simulated seconds since settling, of the
+    observation; "timing" {"physics": s, "render": s}.
     Only one environment with cameras should live in a process (see `sim.render`).
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": CONTROL_FREQ}
+    # Gymnasium declares it so: a plain attribute of the class.
+    metadata = {"render_modes": [], "render_fps": CONTROL_FREQ}  # noqa: RUF012
 
     def __init__(self, config: EnvConfig | None = None) -> None:
         self.config = config = config or EnvConfig()
@@ -93,14 +95,12 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._world.close()
             raise ConfigurationError(f"no camera is called {unknown[0]!r}; choose from: {', '.join(names)}")
         self._camera_ids = {name: names.index(name) for name in config.cameras}
-        self._renderer = (
-            RENDERERS[config.renderer](model, self._world.data, self._world.gl) if config.cameras else None
-        )
+        self._renderer = RENDERERS[config.renderer](model, self._world.data, self._world.gl) if config.cameras else None
         self._stepper = STEPPERS[config.stepper](self._world)
         self._observation: dict[str, Any] = {}
         self._render_seconds = 0.0
         self._stamp = 0.0
-        self._start_time = 0.0
+        self._sampled_time = self._start_time = 0.0
         self._steps = 0
         self._running = False
         size = config.image_size
@@ -108,7 +108,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.action_space = box(-1.0, 1.0, (7,), np.float32)
         self.observation_space = gymnasium.spaces.Dict(
             {
-                "images": gymnasium.spaces.Dict({name: box(0, 255, (size, size, 3), np.uint8) for name in config.cameras}),
+                "images": gymnasium.spaces.Dict(
+                    {name: box(0, 255, (size, size, 3), np.uint8) for name in config.cameras}
+                ),
                 "proprio": gymnasium.spaces.Dict(
                     {name: box(-np.inf, np.inf, (length,), np.float64) for name, length in PROPRIO_SIZES.items()}
                 ),
@@ -139,7 +141,6 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         # Only the last sample before the policy's first look is worth drawing.
         self._world.sampler = None if settle else self._sample
         self._world.reset(seed, state)
-        self._start_time = float(self._world.data.time)
         for left in range(settle, 0, -1):
             self._world.sampler = self._sample if left == 1 else None
             self._stepper.step(NO_OP)
@@ -215,7 +216,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     def _info(self, success: bool, elapsed: float) -> dict[str, Any]:
         timing = {"physics": elapsed - self._render_seconds, "render": self._render_seconds}
-        return {"success": success, "step": self._steps, "timing": timing}
+        return {"success": success, "step": self._steps, "stamp": self._stamp, "timing": timing}
 
     def observation_for_policy(self, observation: dict[str, Any]) -> Observation:
         """The latest observation as a policy takes it; its stamp is simulated seconds since the episode began."""

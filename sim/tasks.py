@@ -107,7 +107,9 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
     with np.load(path, allow_pickle=False) as archive:
         states = np.asarray(archive["states"])
     if states.ndim != 2 or states.dtype.kind != "f" or not np.isfinite(states).all():
-        raise ConfigurationError(f"{path} holds {states.dtype} of shape {states.shape}; it must be finite (n, dim) floats")
+        raise ConfigurationError(
+            f"{path} holds {states.dtype} of shape {states.shape}; it must be finite (n, dim) floats"
+        )
     states = states.astype(np.float64)
     states.setflags(write=False)
     return states

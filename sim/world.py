@@ -125,7 +125,9 @@ class World:
         mine = _small_fields(self.model)
         self._pristine = {name: value.copy() for name, value in pristine.items() if mine[name].flags.writeable}
         self._properties = {
-            name: copy.deepcopy(item.object_properties) for name, item in self._objects() if hasattr(item, "object_properties")
+            name: copy.deepcopy(item.object_properties)
+            for name, item in self._objects()
+            if hasattr(item, "object_properties")
         }
         self.sampler: Callable[[], None] | None = None
 
@@ -164,7 +166,9 @@ class World:
                     break
                 except RandomizationError as error:
                     if attempt == MAX_PLACEMENT_TRIES:
-                        raise EnvironmentFault(f"no valid object placement in {attempt} tries with seed {seed}") from error
+                        raise EnvironmentFault(
+                            f"no valid object placement in {attempt} tries with seed {seed}"
+                        ) from error
         if init_state is not None:
             self.domain.sim.set_state_from_flattened(init_state)
             self.domain.sim.forward()

@@ -1,0 +1,185 @@
+"""An environment in a process of its own, so that a crash or a hang costs one episode and not the evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mllm.policy import Observation
+from sim.env import EnvConfig, LiberoEnv
+from sim.errors import ConfigurationError, EnvironmentFault
+from sim.tasks import find_task
+
+_PR_SET_PDEATHSIG = 1
+_CLOSE_LIMIT = 5.0  # seconds
+
+
+class SupervisedEnv:
+    """`LiberoEnv` in a worker process: the same calls, each within a time limit.
+
+    A worker that crashes or does not answer is killed, and the call raises EnvironmentFault with how it ended; the
+    next `reset` starts another worker. The worker dies with the thread that started it.
+    start_limit: seconds to build the scene.  call_limit: seconds for any other call.
+    """
+
+    def __init__(self, config: EnvConfig | None = None, start_limit: float = 180.0, call_limit: float = 60.0) -> None:
+        for name, value in (("start_limit", start_limit), ("call_limit", call_limit)):
+            if not (np.isfinite(value) and value > 0):
+                raise ConfigurationError(f"{name} is {value}: it must be a finite number of seconds above 0")
+        self.config = config or EnvConfig()
+        self.task = find_task(self.config.suite, self.config.task)
+        self._start_limit, self._call_limit = start_limit, call_limit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._provenance: dict[str, str] = {}
+        self._stamp = 0.0
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process number of the worker; None where none is running."""
+        return None if self._process is None else self._process.pid
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `LiberoEnv.reset`; starts a worker where none is running."""
+        if self._process is None:
+            self._start()
+        observation, info = self._call("reset", seed=seed, options=options)
+        self._stamp = info["stamp"]
+        return observation, info
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """See `LiberoEnv.step`."""
+        answer = self._call("step", action)
+        self._stamp = answer[-1]["stamp"]
+        return answer
+
+    def observation_for_policy(self, observation: dict[str, Any]) -> Observation:
+        """See `LiberoEnv.observation_for_policy`."""
+        return Observation(images=observation["images"], proprio=observation["proprio"], stamp=self._stamp)
+
+    def state(self) -> np.ndarray:
+        """See `LiberoEnv.state`."""
+        return self._call("state")
+
+    def provenance(self) -> dict[str, str]:
+        """See `LiberoEnv.provenance`; asked of each worker once."""
+        if not self._provenance:
+            self._provenance = self._call("provenance")
+        return self._provenance
+
+    def close(self) -> None:
+        """Ends the worker, by force where it does not answer; a second call does nothing."""
+        if self._process is not None:
+            with contextlib.suppress(EnvironmentFault):
+                self._exchange("close", min(_CLOSE_LIMIT, self._call_limit), (), {})
+            self._kill()
+
+    def __enter__(self) -> SupervisedEnv:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = f"from sim.supervisor import _work; _work({theirs.fileno()}, {os.getpid()})"
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ is not None else subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            )
+        self._connection = Connection(ours.detach())
+        self._provenance = {}
+        self._exchange("start", self._start_limit, (self.config,), {})
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._exchange(method, self._call_limit, args, kwargs)
+
+    def _exchange(self, method: str, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._process is None or self._connection is None:
+            raise EnvironmentFault(f"no worker is running for {method}(): call reset() first")
+        try:
+            self._connection.send((method, args, kwargs))
+            answered = self._connection.poll(limit)
+            kind, value = self._connection.recv() if answered else ("silence", None)
+        except (EOFError, OSError) as error:
+            raise EnvironmentFault(f"the environment's worker {self._kill()} during {method}()") from error
+        except BaseException:
+            # An interrupted exchange leaves half an answer in the pipe, which nobody can trust afterwards.
+            self._kill()
+            raise
+        if kind == "silence":
+            self._kill()
+            raise EnvironmentFault(
+                f"the environment's worker did not answer {method}() within {limit:g} s; it was killed"
+            )
+        if kind == "configuration":
+            if method == "start":
+                self._kill()
+            raise ConfigurationError(value)
+        if kind == "fault":
+            self._kill()
+            raise EnvironmentFault(f"{method}() failed in the environment's worker:\n{value}")
+        return value
+
+    def _kill(self) -> str:
+        """Ends the worker and says how it ended, such as "died of SIGSEGV"."""
+        process, connection = self._process, self._connection
+        self._process = self._connection = None
+        if connection is not None:
+            connection.close()
+        if process is None:
+            return "was not running"
+        try:
+            # A worker that has crashed has closed its end already; a moment lets the kernel report how.
+            code = process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return "stopped answering"
+        return f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+
+def _work(handle: int, parent: int) -> None:
+    """The worker's life: answers (method, args, kwargs) until the other end closes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes this end
+    connection = Connection(handle)
+    env: LiberoEnv | None = None
+    while True:
+        try:
+            method, args, kwargs = connection.recv()
+        except EOFError:
+            break
+        try:
+            if method == "start":
+                env = LiberoEnv(*args)
+                answer: tuple[str, Any] = ("value", None)
+            else:
+                answer = ("value", getattr(env, method)(*args, **kwargs))
+        except ConfigurationError as error:
+            answer = ("configuration", str(error))
+        except Exception:  # the parent raises it with this traceback
+            answer = ("fault", traceback.format_exc())
+        connection.send(answer)
