@@ -1,0 +1,192 @@
+"""`flashvla`: one command for everything. Exit status: 0 done, 1 failed, 2 wrong usage.
+
+Each command is a dataclass: its fields are the options, its docstring the help, its `run` the work. Heavy imports,
+rclpy first of all, happen inside `run`, so that `--help` is quick and needs no ROS.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from flashvla_ros.errors import ConfigurationError, RecordingError
+from mllm.errors import PolicyError
+from sim.errors import ConfigurationError as SimConfigurationError
+
+WRONG_USAGE = (ConfigurationError, PolicyError, SimConfigurationError)
+
+
+def parse_overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """("policy.image_size=128", ...) -> {"policy": {"image_size": 128}}; values are YAML.
+
+    Raises ConfigurationError: not of the form NODE.PARAMETER=VALUE.
+    """
+    overrides: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        node, dot, parameter = path.partition(".")
+        if not (equals and dot and node and parameter):
+            raise ConfigurationError(f"--set {setting!r} is not of the form NODE.PARAMETER=VALUE")
+        try:
+            overrides.setdefault(node, {})[parameter] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"--set {setting!r}: the value is not YAML: {error}") from error
+    return overrides
+
+
+Settings = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(name="set", metavar="NODE.PARAMETER=VALUE", help="Override a node's parameter; several allowed."),
+    tyro.conf.UseAppendAction,
+]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run one LIBERO episode through real ROS 2 processes, and record it.
+
+    Starts simulator bridge, command gate and policy, replays a recorded expert episode in lockstep, prints how it
+    ended and where the time went, and writes a video, a rosbag2 MCAP and the numbers under `runs/`.
+    """
+
+    episode: Path | None = None
+    """Recorded actions to replay; the shipped one if not given."""
+    realtime: bool = False
+    """Let the world run at 20 Hz instead of waiting for each command."""
+    runs: Path = Path("runs")
+    """Folder for what is written."""
+    json: bool = False
+    """Print the result as JSON on stdout; everything else goes to stderr."""
+    settings: Settings = field(default=())
+
+    def run(self) -> int:
+        from flashvla_ros.demo import run_demo
+        from flashvla_ros.paths import demo_episode
+
+        return run_demo(episode=self.episode or demo_episode(), realtime=self.realtime, runs=self.runs,
+                        json_output=self.json, overrides=parse_overrides(self.settings))
+
+
+@dataclass(frozen=True)
+class Up:
+    """Run a node graph where ROS's own launch package is not installed. Ctrl-C stops it in order."""
+
+    graph: tyro.conf.Positional[str]
+    """libero (simulator bridge, gate, policy) or robot (camera, gate, policy)."""
+    settings: Settings = field(default=())
+
+    def run(self) -> int:
+        from flashvla_ros.graph import graph
+        from flashvla_ros.processes import ProcessGroup, run_until_ended
+        from flashvla_ros.runner import StopRequested
+
+        specs = graph(self.graph, parse_overrides(self.settings))
+        stop = StopRequested()
+        with ProcessGroup(specs) as group:
+            ended = run_until_ended(group, lambda: bool(stop))
+        for name, status in ended.items():
+            sys.stderr.write(f"node '{name}' ended by itself with status {status}: the graph was stopped\n")
+        return 1 if ended else 0
+
+
+@dataclass(frozen=True)
+class BenchRos:
+    """Measure what ROS 2 adds to a step: the LIBERO graph in lockstep, beside a plain pipe with the same bytes."""
+
+    steps: int = 200
+    """Control steps measured."""
+    image_size: int = 256
+    """Pixels of both cameras."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.bench_ros import run_bench
+
+        return run_bench(steps=self.steps, image_size=self.image_size, json_output=self.json)
+
+
+@dataclass(frozen=True)
+class BenchSim:
+    """Measure the simulator: official against fast stepping and rendering, as CPU time in one run."""
+
+    suite: str = "libero_spatial"
+    task: int = 0
+    image_size: int = 128
+    """Pixels of both cameras."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.bench_sim import run_bench
+
+        return run_bench(suite=self.suite, task=self.task, image_size=self.image_size, json_output=self.json)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost."""
+
+    what: (
+        Annotated[BenchRos, tyro.conf.subcommand("ros")] | Annotated[BenchSim, tyro.conf.subcommand("sim")]
+    )
+
+    def run(self) -> int:
+        return self.what.run()
+
+
+@dataclass(frozen=True)
+class Record:
+    """Let the scripted expert solve an episode and write its actions, as the demo replays them."""
+
+    out: tyro.conf.Positional[Path]
+    """File to write (.safetensors)."""
+    suite: str = "libero_spatial"
+    task: str = "0"
+    """Index or instruction."""
+    init_state: int = 0
+    """Official initial state."""
+
+    def run(self) -> int:
+        from sim.env import EnvConfig, LiberoEnv
+        from sim.record import record_episode
+
+        from mllm.recording import save_recording
+
+        task = int(self.task) if self.task.isdigit() else self.task
+        env = LiberoEnv(EnvConfig(suite=self.suite, task=task, cameras=(), renderer="fast", stepper="fast"))
+        try:
+            recording = record_episode(env, self.init_state)
+        finally:
+            env.close()
+        save_recording(self.out, recording)
+        sys.stdout.write(f"{len(recording.actions)} actions written to {self.out}\n")
+        return 0
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point of the `flashvla` script."""
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        {"demo": Demo, "up": Up, "bench": Bench, "record": Record},
+        prog="flashvla", description="VLA policies on ROS 2, with LIBERO in the loop.", args=args,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
+    try:
+        return command.run()
+    except WRONG_USAGE as error:
+        sys.stderr.write(f"flashvla: {error}\n")
+        return 2
+    except (RecordingError, OSError) as error:
+        sys.stderr.write(f"flashvla: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("flashvla: interrupted\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

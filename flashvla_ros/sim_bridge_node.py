@@ -1,0 +1,371 @@
+"""A LIBERO episode as a robot: publishes what a robot's drivers would, and executes the gated command.
+
+One thread does everything, so a step is a step: nothing of ROS runs while the simulator does.
+lockstep: the simulator waits for the command that answers each observation, matched by stamp.
+realtime: it steps at the control frequency whatever the policy does.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped, TwistStamped
+from rclpy.duration import Duration
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CameraInfo, Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import SetBool, Trigger
+
+from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Window, describe, status, status_array
+from flashvla_ros.errors import ConfigurationError, MessageError
+from flashvla_ros.fields import param, require, require_positive
+from flashvla_ros.messages import (
+    camera_info_message, image_message, pose_message, read_gripper, read_twist, stamp_ns, to_stamp,
+    twist_to_action,
+)
+from flashvla_ros.pairing import Pairing
+from flashvla_ros.parameters import NodeParameters
+from flashvla_ros.qos import LATCHED, parse_qos
+from flashvla_ros.runner import StopRequested, run_node
+from flashvla_ros.traces import Trace
+from mllm.policy import ActionSpec
+from sim.env import EnvConfig, LiberoEnv
+from sim.errors import ConfigurationError as SimConfigurationError
+
+NO_MOTION = np.zeros(6, np.float32)
+DISCOVERY_LIMIT = 30.0  # s that the first observation waits for somebody to receive it
+
+
+@dataclass(frozen=True)
+class BridgeParameters:
+    suite: str = param("libero_spatial", "libero_spatial, _object, _goal, _10 or _90; effective at the next ~/reset",
+                       dynamic=True)
+    task: str = param("0", "index or instruction of the task; effective at the next ~/reset", dynamic=True)
+    init_state: str = param("0", "index of an official initial state, or sampled; effective at the next ~/reset",
+                            dynamic=True)
+    seed: int = param(0, "draws the fixtures' poses, and the objects' of a sampled state", dynamic=True)
+    renderer: str = param("fast", "official (as published results) or fast (no reflections, no antialiasing)")
+    stepper: str = param("fast", "official or fast (same states to 1e-8)")
+    image_size: int = param(256, "pixels, height and width of both cameras")
+    cameras: tuple[str, ...] = param(("agentview=agentview", "robot0_eye_in_hand=wrist"), "CAMERA=TOPIC_PREFIX: LIBERO's"
+                                     " camera and the prefix of its image_raw and camera_info topics")
+    settle_steps: int = param(10, "steps without motion before the episode, while objects fall into place")
+    step_limit: int = param(0, "steps before the episode is a failure; 0 = the suite's")
+    mode: str = param("lockstep", "lockstep: wait for the command that answers each observation; realtime: step at "
+                      "20 Hz whatever comes")
+    on_silence: str = param("zero", "realtime without a new command: hold the last one, or zero (stand still)")
+    lockstep_timeout: float = param(10.0, "s; without the answering command for this long the episode is an error")
+    policy_reset_service: str = param("policy/reset", "called before every episode (std_srvs/Trigger), so that the "
+                                      "policy has forgotten the last one; empty = not called")
+    observers: int = param(0, "lockstep: receivers of the images, beyond the policy, that the first observation waits "
+                           "for (a recorder)")
+    autostart: bool = param(True, "start an episode at once; false = wait for ~/reset")
+    twist_topic: str = param("command", "gated twist (geometry_msgs/TwistStamped)")
+    gripper_topic: str = param("gripper_command", "gated gripper opening (sensor_msgs/JointState, m)")
+    max_opening: float = param(0.08, "m; gripper opening that stands for -1")
+    image_qos: str = param("reliable depth=5", "QoS of image_raw and camera_info; lockstep needs reliable")
+    state_qos: str = param("reliable depth=10", "QoS of eef_pose and joint_states")
+    command_qos: str = param("reliable depth=10", "QoS of the gated commands")
+    trace_file: str = param("", "file (.npz) that gets every simulator state, action and timing of an episode; empty = "
+                            "none")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lockstep_timeout", "max_opening")
+        require(self.mode in ("lockstep", "realtime"), "mode", self.mode, "lockstep or realtime")
+        require(self.on_silence in ("hold", "zero"), "on_silence", self.on_silence, "hold or zero")
+        require(self.step_limit >= 0, "step_limit", self.step_limit, "0 (the suite's) or more")
+        require(self.observers >= 0, "observers", self.observers, "0 or more")
+        for entry in self.cameras:
+            require(all(entry.partition("=")), "cameras", entry, "of the form CAMERA=TOPIC_PREFIX")
+        try:
+            self.env_config()
+            self.initial_state()
+        except SimConfigurationError as error:
+            raise ConfigurationError(str(error)) from error
+
+    def env_config(self) -> EnvConfig:
+        return EnvConfig(
+            suite=self.suite, task=int(self.task) if self.task.isdigit() else self.task,
+            cameras=tuple(entry.partition("=")[0] for entry in self.cameras), image_size=self.image_size,
+            renderer=self.renderer, stepper=self.stepper, settle_steps=self.settle_steps,
+            step_limit=self.step_limit or None, seed=self.seed)
+
+    def initial_state(self) -> int | str:
+        if self.init_state == "sampled":
+            return self.init_state
+        require(self.init_state.isdigit(), "init_state", self.init_state, "an index of 0 or more, or 'sampled'")
+        return int(self.init_state)
+
+
+class SimBridgeNode(Node):
+    """Owns one LIBERO environment and the simulated clock, which never goes back, not even at a reset."""
+
+    def __init__(self) -> None:
+        super().__init__("sim_bridge", automatically_declare_parameters_from_overrides=True)
+        self._params = NodeParameters(self, BridgeParameters)
+        p = self._params.value
+        self._spec = ActionSpec()
+        self._period_ns = round(1e9 / self._spec.control_freq)
+        self._now_ns = 1_000_000_000  # stamp 0 means "no time" in ROS
+        self._pairing = Pairing()
+        self._answered_ns = 0  # stamp of the newest complete command
+        self._action = np.append(NO_MOTION, np.float32(-1))
+        self._fresh = False
+        self._reset_wanted, self._paused = p.autostart, False
+        self._last_fault = ""
+        self._episode: Trace | None = None
+        self._outcome = "no episode yet"
+        self._physics, self._render, self._answer, self._overruns = Window(), Window(), Window(), 0
+        self._env: LiberoEnv | None = None
+        self._env_config: EnvConfig | None = None
+
+        image_qos, state_qos = parse_qos(p.image_qos, "image_qos"), parse_qos(p.state_qos, "state_qos")
+        command_qos = parse_qos(p.command_qos, "command_qos")
+        self._clock_publisher = self.create_publisher(Clock, "/clock", 10)
+        self._cameras = {}
+        for entry in p.cameras:
+            camera, _, prefix = entry.partition("=")
+            self._cameras[camera] = (self.create_publisher(Image, f"{prefix}/image_raw", image_qos),
+                                     self.create_publisher(CameraInfo, f"{prefix}/camera_info", image_qos))
+        self._poses = self.create_publisher(PoseStamped, "eef_pose", state_qos)
+        self._joints = self.create_publisher(JointState, "joint_states", state_qos)
+        self._instructions = self.create_publisher(String, "instruction", LATCHED)
+        self._outcomes = self.create_publisher(DiagnosticArray, "~/outcome", LATCHED)
+        self._steps = self.create_publisher(DiagnosticArray, "~/step", state_qos)
+        self.create_subscription(TwistStamped, p.twist_topic, self._on_twist, command_qos)
+        self.create_subscription(JointState, p.gripper_topic, self._on_gripper, command_qos)
+        self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
+        self.create_service(Trigger, "~/reset", self._on_reset)
+        self.create_service(SetBool, "~/pause", self._on_pause)
+        self._policy_reset = self.create_client(Trigger, p.policy_reset_service) if p.policy_reset_service else None
+        self._diagnostics = Diagnostics(self, self._report)
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self)
+
+    # ------------------------------------------------------------------ messages in
+
+    def _on_twist(self, message: TwistStamped) -> None:
+        self._half(stamp_ns(message.header.stamp), "twist", read_twist(message))
+
+    def _on_gripper(self, message: JointState) -> None:
+        try:
+            self._half(stamp_ns(message.header.stamp), "gripper", read_gripper(message))
+        except MessageError as error:
+            self.get_logger().warning(str(error))
+
+    def _half(self, stamp: int, kind: str, value: Any) -> None:
+        command = self._pairing.add(stamp, kind, value)
+        self._pairing.abandoned()
+        if command is not None:
+            action = twist_to_action(*command["twist"], command["gripper"], self._spec, self._params.value.max_opening)
+            self._action, self._answered_ns, self._fresh = np.clip(action, -1, 1), stamp, True
+        elif self._params.value.mode == "realtime" and kind == "twist" and not np.any(value):
+            # A twist of zero without a gripper half is the gate's stop: stand still, leave the gripper.
+            self._action, self._fresh = np.append(NO_MOTION, self._action[6]), True
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for entry in message.status:
+            if entry.level == ERROR:
+                self._last_fault = f"{entry.name}: {entry.message}"
+
+    def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._reset_wanted = True
+        response.success, response.message = True, "the episode starts; see ~/outcome for how it ends"
+        return response
+
+    def _on_pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        self._paused = request.data
+        response.success, response.message = True, "paused" if request.data else "running"
+        return response
+
+    # ------------------------------------------------------------------ the main loop
+
+    def run(self, stop: StopRequested) -> None:
+        """Serves episodes until a signal comes."""
+        while not stop:
+            if not self._reset_wanted:
+                self._executor.spin_once(timeout_sec=0.1)
+                continue
+            self._reset_wanted = False
+            try:
+                self._run_episode(stop)
+            except (ConfigurationError, SimConfigurationError) as error:
+                self._finish("error", str(error))
+                if self._env is None:  # the very first episode: the parameters given at start are wrong
+                    raise ConfigurationError(str(error)) from error
+            except Exception as error:
+                self._finish("error", describe(error))
+
+    def _run_episode(self, stop: StopRequested) -> None:
+        p = self._params.value
+        env = self._environment(p)
+        self._episode = Trace(p.env_config(), env.task, p.initial_state(), p.mode)
+        self._outcome, self._last_fault = "running", ""
+        observation, info = env.reset(seed=p.seed, options={"init_state": p.initial_state()})
+        self._episode.begin(env.state())
+        self._announce(env.task.language, stop)
+        self._now_ns += 1_000_000_000  # no stamp of the last episode is mistaken for one of this
+        self._pairing, self._answered_ns = Pairing(), 0
+        self._action, self._fresh = np.append(NO_MOTION, np.float32(-1)), False
+        self.get_logger().info(f"episode: {p.suite} task {env.task.index} '{env.task.language}', "
+                               f"initial state {p.initial_state()}, {p.mode}")
+        deadline = time.monotonic()
+        while not stop and not self._reset_wanted:
+            published = time.perf_counter()
+            self._publish(env, observation)
+            if p.mode == "lockstep":
+                if not self._await_command(p.lockstep_timeout, stop):
+                    if not stop and not self._reset_wanted:
+                        self._finish("error", f"no command answered the observation of {self._now_ns * 1e-9:.3f} s "
+                                     f"within {p.lockstep_timeout} s; {self._last_fault or 'no node reports a fault'}")
+                    return
+            else:
+                deadline = self._wait_until(deadline + self._period_ns * 1e-9, stop)
+                if not self._fresh and p.on_silence == "zero":
+                    self._action = np.append(NO_MOTION, self._action[6])
+            answered = time.perf_counter() - published
+            action, self._fresh = self._action, False
+            observation, _reward, terminated, truncated, info = env.step(action)
+            timing = {"answer": answered, **info["timing"]}
+            self._episode.add(action, env.state(), timing)
+            self._note_timing(timing)
+            self._now_ns += self._period_ns
+            if terminated or truncated:
+                self._publish(env, observation)
+                self._finish("success" if terminated else "failure")
+                return
+
+    def _environment(self, p: BridgeParameters) -> LiberoEnv:
+        config = p.env_config()
+        if self._env is None or config != self._env_config:
+            if self._env is not None:
+                self._env.close()
+                self._env = None
+            self._env, self._env_config = LiberoEnv(config), config
+        return self._env
+
+    def _announce(self, instruction: str, stop: StopRequested) -> None:
+        """The policy hears the instruction and forgets the last episode before it sees the first observation."""
+        self._instructions.publish(String(data=instruction))
+        self._instructions.wait_for_all_acked(Duration(seconds=5))
+        limit = time.monotonic() + DISCOVERY_LIMIT
+        if self._params.value.mode == "lockstep":
+            while not stop and not self._connected():
+                self._executor.spin_once(timeout_sec=0.05)
+                if time.monotonic() > limit:
+                    raise ConfigurationError(f"nobody receives the cameras or nobody commands after {DISCOVERY_LIMIT} s:"
+                                             " is the policy active, and the gate running?")
+        if self._policy_reset is None or stop:
+            return
+        while not self._policy_reset.service_is_ready():
+            self._executor.spin_once(timeout_sec=0.05)
+            if stop or time.monotonic() > limit:
+                raise ConfigurationError(f"service '{self._policy_reset.srv_name}' does not answer: start the policy, or "
+                                         "set parameter 'policy_reset_service' to '' if it has none")
+        future = self._policy_reset.call_async(Trigger.Request())
+        self._executor.spin_until_future_complete(future, timeout_sec=DISCOVERY_LIMIT)
+        if not future.done() or not future.result().success:
+            reason = future.result().message if future.done() else f"no answer within {DISCOVERY_LIMIT} s"
+            raise RuntimeError(f"the policy cannot be reset: {reason}")
+
+    def _connected(self) -> bool:
+        p = self._params.value
+        return (all(images.get_subscription_count() > p.observers for images, _ in self._cameras.values())
+                and self._poses.get_subscription_count() > 0
+                and self.count_publishers(p.twist_topic) > 0 and self.count_publishers(p.gripper_topic) > 0)
+
+    def _await_command(self, limit: float, stop: StopRequested) -> bool:
+        end = time.monotonic() + limit
+        while not stop and not self._reset_wanted:
+            if self._answered_ns == self._now_ns:
+                return True
+            left = end - time.monotonic()
+            if left <= 0 and not self._paused:
+                return False
+            self._executor.spin_once(timeout_sec=min(max(left, 0.01), 0.1))
+        return False
+
+    def _wait_until(self, deadline: float, stop: StopRequested) -> float:
+        """Serves callbacks until `deadline` (monotonic, s). Returns it, or now when it was missed or paused."""
+        if time.monotonic() > deadline:
+            self._overruns += 1
+            self._executor.spin_once(timeout_sec=0)
+            return time.monotonic()
+        while not stop and not self._reset_wanted and (self._paused or time.monotonic() < deadline):
+            self._executor.spin_once(timeout_sec=max(0.001, min(0.1, deadline - time.monotonic())))
+        return max(deadline, time.monotonic() - self._period_ns * 1e-9)
+
+    # ------------------------------------------------------------------ messages out
+
+    def _publish(self, env: LiberoEnv, observation: dict[str, Any]) -> None:
+        stamp = to_stamp(self._now_ns)
+        self._clock_publisher.publish(Clock(clock=stamp))
+        proprio, size = observation["proprio"], self._params.value.image_size
+        self._poses.publish(pose_message(proprio["eef_pos"], proprio["eef_quat"], stamp, self._spec.frame))
+        joints = JointState(
+            name=[*(f"panda_joint{i}" for i in range(1, 8)), "panda_finger_joint1", "panda_finger_joint2"],
+            position=[*proprio["joint_pos"].tolist(), *proprio["gripper_qpos"].tolist()],
+            velocity=[*proprio["joint_vel"].tolist(), math.nan, math.nan])
+        joints.header.stamp = stamp
+        self._joints.publish(joints)
+        for camera, (images, infos) in self._cameras.items():
+            infos.publish(camera_info_message(env.camera_info(camera), size, size, stamp, camera))
+            images.publish(image_message(observation["images"][camera], stamp, camera))
+
+    def _note_timing(self, timing: dict[str, float]) -> None:
+        self._physics.add(timing["physics"])
+        self._render.add(timing["render"])
+        self._answer.add(timing["answer"])
+        values = {f"{name}_ms": f"{seconds * 1e3:.3f}" for name, seconds in timing.items()}
+        self._steps.publish(status_array(to_stamp(self._now_ns), status(self.get_name(), OK, "stepped", values)))
+
+    def _finish(self, outcome: str, error: str = "") -> None:
+        """Publishes how the episode ended, and writes its trace. Errors are never failures."""
+        p, episode = self._params.value, self._episode
+        level = {"success": OK, "failure": WARN, "error": ERROR}[outcome]
+        values = {"suite": p.suite, "task": p.task, "init_state": p.init_state, "mode": p.mode, "error": error}
+        if self._env is not None:
+            values |= {"instruction": self._env.task.language, **self._env.provenance()}
+        if episode is not None:
+            values["steps"] = str(len(episode.actions))
+            if p.trace_file:
+                episode.save(Path(p.trace_file), outcome, error)
+        self._outcome = outcome
+        self._outcomes.publish(status_array(to_stamp(self._now_ns), status(self.get_name(), level, outcome, values)))
+        self._diagnostics.publish()
+        log = self.get_logger().error if outcome == "error" else self.get_logger().info
+        log(f"{outcome} after {values.get('steps', 0)} steps {error}".rstrip())
+
+    def _report(self) -> tuple[bytes, str, dict[str, object]]:
+        values = {"outcome": self._outcome, "mode": self._params.value.mode, "overruns": self._overruns,
+                  **self._physics.summary("physics"), **self._render.summary("render"),
+                  **self._answer.summary("answer")}
+        if self._paused:
+            return STALE, "paused", values
+        if self._outcome == "error":
+            return ERROR, "the last episode ended in an error", values
+        if self._overruns and self._params.value.mode == "realtime":
+            return WARN, f"{self._overruns} steps took longer than the control period", values
+        return OK, self._outcome, values
+
+    def close(self) -> None:
+        self._outcomes.wait_for_all_acked(Duration(seconds=1))
+        if self._env is not None:
+            self._env.close()
+
+
+def main() -> int:
+    return run_node(SimBridgeNode, lambda node, stop: node.run(stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Number formats and quantised layers. Imports nothing of this project; knows no model."""
