@@ -38,44 +38,50 @@ class FastStepper:
 
     def __init__(self, world: World) -> None:
         import mujoco
-        from robosuite.utils import control_utils
 
-        self._world, self._mujoco, self._osc = world, mujoco, control_utils
+        from sim import osc
+
+        self._world, self._mujoco, self._osc = world, mujoco, osc
         domain, model = world.domain, world.model
         robot = domain.robots[0]
         self._substeps = int(domain.control_timestep / domain.model_timestep)
-        self._arm_actuators = np.array(robot._ref_joint_actuator_indexes)
-        self._finger_actuators = np.array(robot._ref_joint_gripper_actuator_indexes)
-        self._torque_low, self._torque_high = robot.torque_limits
-        limits = model.actuator_ctrlrange[self._finger_actuators]
+        self._site = robot.eef_site_id
+        self._qposadr = np.array(robot._ref_joint_pos_indexes, np.int64)
+        self._dofs = np.array(robot._ref_joint_vel_indexes, np.int64)
+        self._arm = np.array(robot._ref_joint_actuator_indexes, np.int64)
+        self._fingers = np.array(robot._ref_joint_gripper_actuator_indexes, np.int64)
+        self._torque_low, self._torque_high = (np.ascontiguousarray(limit) for limit in robot.torque_limits)
+        limits = model.actuator_ctrlrange[self._fingers]
         self._finger_bias = 0.5 * (limits[:, 1] + limits[:, 0])
         self._finger_weight = 0.5 * (limits[:, 1] - limits[:, 0])
         self._mass = np.zeros((model.nv, model.nv))
-        self._jacobian_pos = np.zeros((3, model.nv))
-        self._jacobian_ori = np.zeros((3, model.nv))
+        self._jac_pos, self._jac_ori = np.zeros((3, model.nv)), np.zeros((3, model.nv))
 
     def step(self, action: np.ndarray) -> bool:
         """action: (7,) float64.  Returns whether the goal holds after the step."""
-        mujoco, world = self._mujoco, self._world
+        mujoco, world, osc = self._mujoco, self._world, self._osc
         model, data, domain, clock = world.model, world.data, world.domain, world.clock
-        robot = domain.robots[0]
+        robot, timestep = domain.robots[0], domain.model_timestep
         controller, gripper = robot.controller, robot.gripper
-        arm, fingers = action[:6], action[6:]
+        before = gripper.current_action
+        change = np.array([-1.0, 1.0]) * gripper.speed * np.sign(action[6:])
+        fingers = np.array(np.broadcast_to(before, 2), np.float64)
         cache: dict[str, Any] = {}
         for substep in range(self._substeps):
             mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_NONE, 1)
             if substep == 0:
-                # The goal is set here, and robosuite decides whether it looks at the arm once more first.
-                controller.set_goal(arm)
-                torques = controller.run_controller()
-                goal = np.array(controller.goal_pos), np.array(controller.goal_ori)
+                # robosuite sets its goal here, and decides whether it looks at the arm once more first.
+                controller.set_goal(action[:6])
+                torques = np.clip(controller.run_controller(), self._torque_low, self._torque_high)
+                data.ctrl[self._arm] = torques
+                goal_pos, goal_ori = np.array(controller.goal_pos), np.array(controller.goal_ori)
             else:
                 mujoco.mj_fwdConstraint(model, data)
-                torques = self._torques(controller, *goal)
-            data.ctrl[self._finger_actuators] = self._finger_bias + self._finger_weight * gripper.format_action(fingers)
-            data.ctrl[self._arm_actuators] = np.clip(torques, self._torque_low, self._torque_high)
+                self._control_arm(controller, goal_pos, goal_ori)
+            osc.move_fingers(fingers, change, self._finger_bias, self._finger_weight, self._fingers, data.ctrl)
             mujoco.mj_step2(model, data)
-            clock.update(timestep=domain.model_timestep, obs_cache=cache)
+            clock.update(timestep=timestep, obs_cache=cache)
+        gripper.current_action = fingers
         domain.timestep += 1
         domain.cur_time += domain.control_timestep
         # robosuite evaluates the goal on both sides of its housekeeping, and a goal like "turnon" acts on the scene.
@@ -83,34 +89,46 @@ class FastStepper:
         domain._post_process()
         return world.success()
 
-    def _torques(self, controller: Any, goal_pos: np.ndarray, goal_ori: np.ndarray) -> np.ndarray:
-        """`OperationalSpaceController.run_controller` of robosuite 1.4: (7,) N m, before clipping.
+    def _control_arm(self, controller: Any, goal_pos: np.ndarray, goal_ori: np.ndarray) -> None:
+        """`OperationalSpaceController.run_controller` of robosuite 1.4, from the state to the arm's motors.
 
         Khatib, "A unified approach for motion and force control of robot manipulators", 1987, with position and
         orientation decoupled and a posture task in the null space.
         """
-        mujoco, osc, data, model = self._mujoco, self._osc, self._world.data, self._world.model
-        dofs = controller.qvel_index
-        site = self._world.domain.robots[0].eef_site_id
-        mujoco.mj_jacSite(model, data, self._jacobian_pos, self._jacobian_ori, site)
-        mujoco.mj_fullM(model, self._mass, data.qM)
+        data, model, osc = self._world.data, self._world.model, self._osc
+        self._mujoco.mj_jacSite(model, data, self._jac_pos, self._jac_ori, self._site)
+        self._mujoco.mj_fullM(model, self._mass, data.qM)
         qvel = data.qvel
-        ee_pos, ee_ori = np.array(data.site_xpos[site]), np.array(data.site_xmat[site].reshape(3, 3))
-        pos_vel, ori_vel = np.dot(self._jacobian_pos, qvel), np.dot(self._jacobian_ori, qvel)
-        joint_pos, joint_vel = data.qpos[controller.qpos_index], qvel[dofs]
-        # Indexing leaves these in column order, as robosuite's are, and the matrix products round accordingly.
-        jac_pos, jac_ori = self._jacobian_pos[:, dofs], self._jacobian_ori[:, dofs]
-        jac = np.array(np.vstack([jac_pos, jac_ori]))
-        mass = self._mass[dofs, :][:, dofs]
-
-        kp, kd = controller.kp, controller.kd
-        force = np.multiply(goal_pos - ee_pos, kp[0:3]) + np.multiply(-pos_vel, kd[0:3])
-        torque = np.multiply(osc.orientation_error(goal_ori, ee_ori), kp[3:6]) + np.multiply(-ori_vel, kd[3:6])
-        _, lambda_pos, lambda_ori, nullspace = osc.opspace_matrices(mass, jac, jac_pos, jac_ori)
+        lambda_pos, lambda_ori, force, torque, jac, mass, nullspace = osc.decouple(
+            self._jac_pos,
+            self._jac_ori,
+            self._mass,
+            self._dofs,
+            data.site_xpos[self._site],
+            data.site_xmat[self._site].reshape(3, 3),
+            np.dot(self._jac_pos, qvel),
+            np.dot(self._jac_ori, qvel),
+            goal_pos,
+            goal_ori,
+            controller.kp,
+            controller.kd,
+        )
         wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
-        torques = np.dot(jac.T, wrench) + data.qfrc_bias[dofs]
-        torques += osc.nullspace_torques(mass, nullspace, controller.initial_joint, joint_pos, joint_vel)
-        return torques
+        osc.command(
+            np.dot(jac.T, wrench),
+            mass,
+            nullspace,
+            controller.initial_joint,
+            data.qpos,
+            qvel,
+            data.qfrc_bias,
+            self._qposadr,
+            self._dofs,
+            self._torque_low,
+            self._torque_high,
+            self._arm,
+            data.ctrl,
+        )
 
 
 STEPPERS = {"official": OfficialStepper, "fast": FastStepper}

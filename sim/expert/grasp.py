@@ -1,0 +1,134 @@
+"""Where to take hold of an object with a parallel gripper from above.
+
+The object's height profile is cast along the axis on which the fingers close. Every stretch of it that rises above the
+fingertips and fits between the open fingers is a candidate: one wall of a bowl is a stretch, and so is a whole box
+across its narrow side. The rest is a score. Numbers are our choice, from the Panda gripper's measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sim.errors import EnvironmentFault
+from sim.expert.geometry import body_points, heights, rotation_about_z
+
+MAX_OPENING = 0.078  # m between the open pads
+FINGERTIP = 0.011  # m from the grip site down to the fingertips
+FINGER_THICKNESS = 0.016  # m along the closing axis
+FINGER_HALF_WIDTH = 0.010  # m across it
+PALM = 0.045  # m from the grip site up to the palm
+PALM_HALF_LENGTH = 0.10  # m along the closing axis
+PALM_HALF_WIDTH = 0.035  # m across it
+REACH = 0.74  # m from the robot's base: beyond it the elbow locks with the gripper pointing down
+
+RIM_DEPTH = 0.022  # m below an object's top for the grip site on a wall
+BODY_DEPTH = 0.035  # m below it on a whole object
+SPARE = 0.006  # m of opening that must remain
+PROFILE_STEP = 0.002  # m
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """position: (3,) m, the grip site in the world frame.  yaw: rad in [-pi/2, pi/2), the gripper's turn about z.
+
+    width: m between the fingers when they touch.  score: lower is better.
+    """
+
+    position: np.ndarray
+    yaw: float
+    width: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the search looks at: a model and its data, the object's body, and (ngeom,) bool masks.
+
+    own: the object's geoms.  others: everything else but the robot.
+    """
+
+    model: Any
+    data: Any
+    body: int
+    own: np.ndarray
+    others: np.ndarray
+
+    def heights(self, xy: np.ndarray, own: bool = True, others: bool = True) -> np.ndarray:
+        """(n,) m, see `sim.expert.geometry.heights`, of the object, of everything else, or of both."""
+        return heights(self.model, self.data, xy, (self.own & own) | (self.others & others))
+
+
+def stretches(profile: np.ndarray, level: float) -> list[tuple[int, int]]:
+    """Half-open index ranges in which `profile`, (n,), is above `level`."""
+    above = np.concatenate([[False], profile > level, [False]])
+    edges = np.flatnonzero(above[1:] != above[:-1])
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+def _candidates(scene: Scene, points: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
+    """(position, yaw, width) of every stretch that fits between the fingers, with the closing axis through the centre."""
+    low, high = points.min(0), points.max(0)
+    centre = 0.5 * (low + high)[:2]
+    height = float(high[2] - low[2])
+    radius = float(np.linalg.norm(points[:, :2] - centre, axis=1).max()) + 2 * PROFILE_STEP
+    along = np.arange(-radius, radius, PROFILE_STEP)
+    for yaw in np.deg2rad(np.arange(-90.0, 90.0, 7.5)):
+        lateral, closing = rotation_about_z(yaw)[:2, 0], rotation_about_z(yaw)[:2, 1]
+        lines = [
+            scene.heights(centre + along[:, None] * closing + side * lateral, others=False)
+            for side in (-FINGER_HALF_WIDTH, 0.0, FINGER_HALF_WIDTH)
+        ]
+        profile = np.max(lines, axis=0)
+        for depth, whole in ((RIM_DEPTH, False), (BODY_DEPTH, True)):
+            z = max(float(high[2]) - min(depth, 0.5 * height), float(low[2]) + FINGERTIP + 0.001)
+            for start, end in stretches(profile, z - FINGERTIP):
+                width = (end - start) * PROFILE_STEP
+                middle = 0.5 * (along[start] + along[end - 1])
+                contains_centre = along[start] <= 0 <= along[end - 1]
+                if contains_centre == whole and width < MAX_OPENING - SPARE:
+                    yield np.array([*(centre + middle * closing), z]), float(yaw), width
+
+
+def _intrusion(scene: Scene, position: np.ndarray, yaw: float) -> float:
+    """Metres by which the scene rises into the open fingers and the palm at a grasp, the two added up."""
+    lateral, closing = rotation_about_z(yaw)[:2, 0], rotation_about_z(yaw)[:2, 1]
+
+    def patch(along: np.ndarray, across: np.ndarray) -> np.ndarray:
+        return np.array([position[:2] + a * closing + b * lateral for a in along for b in across])
+
+    outer = MAX_OPENING / 2 + np.linspace(0, FINGER_THICKNESS, 3)
+    fingers = patch(np.concatenate([-outer, outer]), np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 3))
+    palm = patch(
+        np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 6), np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 3)
+    )
+    into_fingers = scene.heights(fingers).max() - (position[2] - FINGERTIP - 0.003)
+    into_palm = scene.heights(palm, own=False).max() - (position[2] + PALM)
+    return max(0.0, float(into_fingers)) + max(0.0, float(into_palm))
+
+
+def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarray) -> Grasp:
+    """The best grasp of the scene's object: clear fingers first, then narrow, near, and little turning of the wrist.
+
+    hand, base: (2,) m, where the gripper and the robot's base are.  move: (2,) m, by which the object will be carried.
+    Raises EnvironmentFault: nothing fits between the fingers.
+    """
+    best: Grasp | None = None
+    for position, yaw, width in _candidates(scene, body_points(scene.model, scene.data, scene.body)):
+        reach = max(np.linalg.norm(place - base) for place in (position[:2], position[:2] + move))
+        score = (
+            40.0 * _intrusion(scene, position, yaw)
+            + 10.0 * width
+            + 0.5 * abs(yaw)
+            + 0.15 * float(np.linalg.norm(position[:2] - hand))
+            + 8.0 * max(0.0, float(reach) - REACH)
+        )
+        if best is None or score < best.score:
+            best = Grasp(position, yaw, width, score)
+    if best is None:
+        name = scene.model.body(scene.body).name
+        raise EnvironmentFault(f"no grasp of {name!r}: every side is wider than the gripper's {MAX_OPENING} m")
+    return best
