@@ -23,7 +23,9 @@ def make_expert(env: LiberoEnv) -> PickPlaceExpert:
     if target not in world.body_ids:
         body = world.model.site(target).bodyid[0]
         if world.model.body_jntnum[body] and world.model.body_parentid[body]:
-            raise ConfigurationError(f"{where} puts an object into a drawer or door, {target!r}: the expert cannot open it")
+            raise ConfigurationError(
+                f"{where} puts an object into a drawer or door, {target!r}: the expert cannot open it"
+            )
     return PickPlaceExpert(env, item, target)
 
 

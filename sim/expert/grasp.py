@@ -102,9 +102,7 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float) -> float:
 
     outer = MAX_OPENING / 2 + np.linspace(0, FINGER_THICKNESS, 3)
     fingers = patch(np.concatenate([-outer, outer]), np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 3))
-    palm = patch(
-        np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 6), np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 3)
-    )
+    palm = patch(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 6), np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 3))
     into_fingers = scene.heights(fingers).max() - (position[2] - FINGERTIP - 0.003)
     into_palm = scene.heights(palm, own=False).max() - (position[2] + PALM)
     return max(0.0, float(into_fingers)) + max(0.0, float(into_palm))
