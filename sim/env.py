@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm.policy import Observation
 from sim.errors import ConfigurationError, EnvironmentFault
-from sim.render import RENDERERS, check_renderer
+from sim.render import check_renderer, make_renderer
 from sim.stepping import STEPPERS, check_stepper
 from sim.tasks import STEP_LIMITS, check_suite, find_task, load_init_states
 from sim.versions import provenance, warn_about_mujoco
@@ -95,7 +95,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
             self._world.close()
             raise ConfigurationError(f"no camera is called {unknown[0]!r}; choose from: {', '.join(names)}")
         self._camera_ids = {name: names.index(name) for name in config.cameras}
-        self._renderer = RENDERERS[config.renderer](model, self._world.data, self._world.gl) if config.cameras else None
+        self._renderer = (
+            make_renderer(config.renderer, model, self._world.data, self._world.gl) if config.cameras else None
+        )
         self._stepper = STEPPERS[config.stepper](self._world)
         self._observation: dict[str, Any] = {}
         self._render_seconds = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 
 from sim.errors import ConfigurationError
 
+RENDERERS = ("official", "fast")
 # robosuite makes its context at this size and renders into a corner of it.
 _CONTEXT_WIDTH, _CONTEXT_HEIGHT = 640, 480
 
@@ -42,6 +43,10 @@ class OfficialRenderer:
 
     def render(self, camera: int, size: int) -> np.ndarray:
         """One image: (size, size, 3) uint8 RGB, bottom row first as OpenGL has it.  camera: MuJoCo's camera number."""
+        return self._draw(camera, size)
+
+    def _draw(self, camera: int, size: int, depth: np.ndarray | None = None) -> np.ndarray:
+        """Draws what the visualisation options let through; `depth` (size, size) float32 is filled where given."""
         mujoco = self._mujoco
         self._gl.make_current()
         if size > self._context.offWidth or size > self._context.offHeight:
@@ -56,7 +61,7 @@ class OfficialRenderer:
         viewport = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjr_render(viewport, self._scene, self._context)
         image = np.empty((size, size, 3), np.uint8)
-        mujoco.mjr_readPixels(image, None, viewport, self._context)
+        mujoco.mjr_readPixels(image, depth, viewport, self._context)
         return image
 
     def gl_renderer(self) -> str:
@@ -75,7 +80,14 @@ class OfficialRenderer:
             self._gl = None
 
 
-RENDERERS = {"official": OfficialRenderer}
+def make_renderer(name: str, model: Any, data: Any, gl: str) -> OfficialRenderer:
+    """The renderer called `name`, for one scene.  gl: "osmesa" or "egl"."""
+    check_renderer(name)
+    if name == "official":
+        return OfficialRenderer(model, data, gl)
+    from sim.fast_render import FastRenderer
+
+    return FastRenderer(model, data, gl)
 
 
 def check_renderer(name: str) -> None:
