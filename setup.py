@@ -1,6 +1,7 @@
 """Packaging for pip and for colcon (ament_python): `ros2 run` and `ros2 launch` find everything under <prefix>."""
 
 from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -10,15 +11,16 @@ setup(
     name=PACKAGE,
     version="0.1.0",
     description="A ROS 2 stack with a compressed vision-language-action controller and LIBERO in the loop",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="flashvla_ros developers",
     maintainer="flashvla_ros developers",
     maintainer_email="flashvla-ros@users.noreply.github.com",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=[f"{name}{suffix}" for name in (PACKAGE, "sim", "quant", "mllm")
-                                    for suffix in ("", ".*")]),
+    packages=find_packages(
+        include=[f"{name}{suffix}" for name in (PACKAGE, "sim", "quant", "mllm") for suffix in ("", ".*")]
+    ),
     install_requires=[
         "numpy>=1.21",
         "opencv-python>=4.5",

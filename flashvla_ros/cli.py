@@ -68,8 +68,13 @@ class Demo:
         from flashvla_ros.demo import run_demo
         from flashvla_ros.paths import demo_episode
 
-        return run_demo(episode=self.episode or demo_episode(), realtime=self.realtime, runs=self.runs,
-                        json_output=self.json, overrides=parse_overrides(self.settings))
+        return run_demo(
+            episode=self.episode or demo_episode(),
+            realtime=self.realtime,
+            runs=self.runs,
+            json_output=self.json,
+            overrides=parse_overrides(self.settings),
+        )
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,7 @@ class BenchSim:
 class Bench:
     """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost."""
 
-    what: (
-        Annotated[BenchRos, tyro.conf.subcommand("ros")] | Annotated[BenchSim, tyro.conf.subcommand("sim")]
-    )
+    what: Annotated[BenchRos, tyro.conf.subcommand("ros")] | Annotated[BenchSim, tyro.conf.subcommand("sim")]
 
     def run(self) -> int:
         return self.what.run()
@@ -153,10 +156,9 @@ class Record:
     """Official initial state."""
 
     def run(self) -> int:
+        from mllm.recording import save_recording
         from sim.env import EnvConfig, LiberoEnv
         from sim.record import record_episode
-
-        from mllm.recording import save_recording
 
         task = int(self.task) if self.task.isdigit() else self.task
         env = LiberoEnv(EnvConfig(suite=self.suite, task=task, cameras=(), renderer="fast", stepper="fast"))
@@ -173,8 +175,11 @@ def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
         {"demo": Demo, "up": Up, "bench": Bench, "record": Record},
-        prog="flashvla", description="VLA policies on ROS 2, with LIBERO in the loop.", args=args,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
+        prog="flashvla",
+        description="VLA policies on ROS 2, with LIBERO in the loop.",
+        args=args,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
     try:
         return command.run()
     except WRONG_USAGE as error:

@@ -15,7 +15,7 @@ from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import SetBool, Trigger
 
-from flashvla_ros.diagnostics import ERROR, OK, WARN, Diagnostics, Window, status, status_array, steady_timer
+from flashvla_ros.diagnostics import ERROR, OK, WARN, Diagnostics, Report, Window, status, status_array, steady_timer
 from flashvla_ros.errors import MessageError
 from flashvla_ros.fields import param, require, require_positive
 from flashvla_ros.gate import Command, CommandGate, Decision, GateLimits, State, Verdict
@@ -31,8 +31,10 @@ ZERO = np.zeros(3)
 @dataclass(frozen=True)
 class GateParameters(GateLimits):
     proposed_twist_topic: str = param("policy/command", "twist proposed by the policy (geometry_msgs/TwistStamped)")
-    proposed_gripper_topic: str = param("policy/gripper_command", "gripper proposed by the policy "
-                                        "(sensor_msgs/JointState, one position, m); empty = a robot without gripper")
+    proposed_gripper_topic: str = param(
+        "policy/gripper_command",
+        "gripper proposed by the policy (sensor_msgs/JointState, one position, m); empty = a robot without gripper",
+    )
     observation_topic: str = param("eef_pose", "heartbeat of the observations (geometry_msgs/PoseStamped)")
     estop_topic: str = param("estop", "emergency-stop button (std_msgs/Bool, true = pressed)")
     twist_topic: str = param("command", "what the robot executes (geometry_msgs/TwistStamped)")
@@ -47,8 +49,12 @@ class GateParameters(GateLimits):
         super().__post_init__()
         require_positive(self, "watchdog_rate")
         shortest = min(self.command_timeout, self.observation_timeout or self.command_timeout)
-        require(self.watchdog_rate * shortest >= 5, "watchdog_rate", self.watchdog_rate,
-                f"at least {5 / shortest:.1f} Hz, five looks within the shortest time-out ({shortest} s)")
+        require(
+            self.watchdog_rate * shortest >= 5,
+            "watchdog_rate",
+            self.watchdog_rate,
+            f"at least {5 / shortest:.1f} Hz, five looks within the shortest time-out ({shortest} s)",
+        )
 
 
 class CommandGateNode(Node):
@@ -69,8 +75,9 @@ class CommandGateNode(Node):
         self.create_subscription(TwistStamped, p.proposed_twist_topic, self._on_twist, qos)
         if p.proposed_gripper_topic:
             self.create_subscription(JointState, p.proposed_gripper_topic, self._on_gripper, qos)
-        self.create_subscription(PoseStamped, p.observation_topic, self._on_observation,
-                                 parse_qos(p.observation_qos, "observation_qos"))
+        self.create_subscription(
+            PoseStamped, p.observation_topic, self._on_observation, parse_qos(p.observation_qos, "observation_qos")
+        )
         self.create_subscription(Bool, p.estop_topic, self._on_estop, 10)
         self.create_service(SetBool, "~/enable", self._on_enable)
         self.create_service(Trigger, "~/estop", self._on_estop_service)
@@ -155,9 +162,11 @@ class CommandGateNode(Node):
     def _publish_decision(self, stamp: int, decision: Decision, seconds: float) -> None:
         level = {Verdict.PASSED: OK, Verdict.CLAMPED: WARN, Verdict.DROPPED: WARN, Verdict.REJECTED: ERROR}
         values = {"reason": decision.reason, "gate_ms": f"{seconds * 1e3:.3f}"}
-        self._decisions.publish(status_array(
-            to_stamp(stamp),
-            status(self.get_name(), level[decision.verdict], decision.verdict.value, values)))
+        self._decisions.publish(
+            status_array(
+                to_stamp(stamp), status(self.get_name(), level[decision.verdict], decision.verdict.value, values)
+            )
+        )
         if decision.verdict is not Verdict.PASSED:
             self.get_logger().warning(f"{decision.verdict.value}: {decision.reason}", throttle_duration_sec=1.0)
 
@@ -180,11 +189,15 @@ class CommandGateNode(Node):
             self._state = self.gate.state
             self._diagnostics.publish()
 
-    def _report(self) -> tuple[bytes, str, dict[str, object]]:
+    def _report(self) -> Report:
         gate = self.gate
         level = {State.ACTIVE: OK, State.LATCHED: ERROR}.get(gate.state, WARN)
-        values = {"state": gate.state.value, **gate.counts, **{f"reason {k}": v for k, v in gate.reasons.items()},
-                  **self._latency.summary("gate")}
+        values = {
+            "state": gate.state.value,
+            **gate.counts,
+            **{f"reason {k}": v for k, v in gate.reasons.items()},
+            **self._latency.summary("gate"),
+        }
         return level, f"{gate.state.value}: {gate.reason}", values
 
     def close(self) -> None:

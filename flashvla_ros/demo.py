@@ -16,50 +16,78 @@ from rich.table import Table
 from flashvla_ros.monitor import EpisodeMonitor, percentiles
 from flashvla_ros.session import Session, interruptible, ros_context, run_episode
 from mllm.recording import load_recording
-from sim.tasks import STEP_LIMITS
 
 STAGES = {
-    "physics": "simulator: physics", "render": "simulator: two cameras", "policy": "policy", "gate": "command gate",
-    "transport": "ROS 2 transport", "step": "whole step",
+    "physics": "simulator: physics",
+    "render": "simulator: two cameras",
+    "policy": "policy",
+    "gate": "command gate",
+    "transport": "ROS 2 transport",
+    "step": "whole step",
 }
 
 
-def run_demo(*, episode: Path, realtime: bool, runs: Path, json_output: bool,
-             overrides: Mapping[str, Mapping[str, Any]] | None = None) -> int:
+def run_demo(
+    *,
+    episode: Path,
+    realtime: bool,
+    runs: Path,
+    json_output: bool,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> int:
     """Replays a recorded episode through the `libero` graph. Returns the exit status: 0 for success."""
     console = Console(stderr=json_output)
     recording = load_recording(episode)
     facts = recording.metadata
     folder = runs / f"demo-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    bridge = {key: facts[key] for key in ("suite", "task", "init_state", "renderer", "stepper") if key in facts}
-    bridge |= {"seed": int(facts.get("seed", 0)), "mode": "realtime" if realtime else "lockstep",
-               "trace_file": str(folder / "trace.npz")}
+    bridge: dict[str, Any] = {
+        key: facts[key] for key in ("suite", "task", "init_state", "renderer", "stepper") if key in facts
+    }
+    bridge |= {
+        "seed": int(facts.get("seed", 0)),
+        "mode": "realtime" if realtime else "lockstep",
+        "trace_file": str(folder / "trace.npz"),
+    }
     policy = {"policy": "replay", "policy_options": json.dumps({"episode": str(episode), "after_end": "hold"})}
     wanted = {"sim_bridge": bridge, "policy": policy}
     for node, parameters in (overrides or {}).items():
         wanted[node] = {**wanted.get(node, {}), **parameters}
-    console.print(f"[bold]{facts.get('suite')} task {facts.get('task')}[/]: {facts.get('instruction', '')}\n"
-                  f"replaying {len(recording.actions)} actions through camera topics, policy, command gate and bridge")
+    console.print(
+        f"[bold]{facts.get('suite')} task {facts.get('task')}[/]: {facts.get('instruction', '')}\n"
+        f"replaying {len(recording.actions)} actions through camera topics, policy, command gate and bridge"
+    )
     with interruptible(), ros_context(), _progress(console, facts) as progress:
         bar = progress.add_task("starting the nodes", total=len(recording.actions))
+
         def show(monitor: EpisodeMonitor) -> None:
             steps = monitor.stepped()
             progress.update(bar, completed=steps, description="episode" if steps else "starting the nodes")
+
         session = run_episode(wanted, record_to=folder, on_progress=show)
     return report(session, folder, console, json_output)
 
 
 def _progress(console: Console, facts: Mapping[str, str]) -> Progress:
-    return Progress(TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
-                    TimeElapsedColumn(), console=console)
+    return Progress(
+        TextColumn("{task.description:20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
 def report(session: Session, folder: Path, console: Console, json_output: bool) -> int:
     """Prints how it ended and where the time went; writes the same to `folder`/result.json."""
     outcome, recorder = session.outcome(), session.recorder
     stages = {name: percentiles(ms) for name, ms in session.monitor.table().items()}
-    result = {"outcome": outcome.outcome, "steps": session.monitor.stepped(), "milliseconds": stages,
-              "facts": dict(outcome.facts)}
+    result = {
+        "outcome": outcome.outcome,
+        "steps": session.monitor.stepped(),
+        "milliseconds": stages,
+        "facts": dict(outcome.facts),
+    }
     table = Table("stage", "p50 ms", "p99 ms", "max ms", title=f"{result['steps']} steps")
     for name, values in stages.items():
         table.add_row(STAGES[name], *(f"{values[key]:.2f}" for key in ("p50", "p99", "max")))
@@ -71,8 +99,11 @@ def report(session: Session, folder: Path, console: Console, json_output: bool) 
     if recorder is not None and recorder.error is not None:
         console.print(str(recorder.error), style="red", markup=False)
     else:
-        result["files"] = {"video": str(folder / "cameras.mp4"), "bag": str(folder / "bag"),
-                           "trace": str(folder / "trace.npz")}
+        result["files"] = {
+            "video": str(folder / "cameras.mp4"),
+            "bag": str(folder / "bag"),
+            "trace": str(folder / "trace.npz"),
+        }
         console.print(f"video {folder / 'cameras.mp4'}\nbag   {folder / 'bag'}")
     style = {"success": "bold green", "failure": "bold yellow"}.get(outcome.outcome, "bold red")
     console.print(outcome.outcome.upper(), style=style)

@@ -13,6 +13,8 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
+Report = tuple[bytes, str, Mapping[str, Any]]  # level, message, values
+
 OK, WARN, ERROR, STALE = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR, DiagnosticStatus.STALE
 
 
@@ -63,8 +65,7 @@ class Diagnostics:
     report: returns (level, message, values) of now. period: s.
     """
 
-    def __init__(self, node: Node, report: Callable[[], tuple[bytes, str, Mapping[str, Any]]],
-                 period: float = 1.0) -> None:
+    def __init__(self, node: Node, report: Callable[[], Report], period: float = 1.0) -> None:
         self._node, self._report = node, report
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
         steady_timer(node, period, self.publish)

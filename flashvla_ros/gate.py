@@ -40,30 +40,52 @@ class GateLimits:
     """Every limit of the gate; all apply to the command as it would reach the robot."""
 
     period: float = param(0.05, "s; control period one command is meant for (1 / control frequency)")
-    max_translation: float = param(0.05, "m a period; longer commands are scaled down, keeping their direction",
-                                   dynamic=True)
+    max_translation: float = param(
+        0.05, "m a period; longer commands are scaled down, keeping their direction", dynamic=True
+    )
     max_rotation: float = param(0.25, "rad a period, by angle, not per axis; larger ones are scaled down", dynamic=True)
-    max_linear_speed: float = param(1.0, "m/s over the real time between two commands, so that commands arriving "
-                                    "faster than the period cannot add up; scaled down", dynamic=True)
+    max_linear_speed: float = param(
+        1.0,
+        "m/s over the real time between two commands, so that commands arriving "
+        "faster than the period cannot add up; scaled down",
+        dynamic=True,
+    )
     max_angular_speed: float = param(5.0, "rad/s over the real time between two commands; scaled down", dynamic=True)
     max_opening: float = param(0.08, "m; widest gripper opening, commands are clamped to [0, max_opening]")
-    gross_factor: float = param(1.5, "a command beyond this many times a limit is rejected and latches the gate",
-                                dynamic=True)
+    gross_factor: float = param(
+        1.5, "a command beyond this many times a limit is rejected and latches the gate", dynamic=True
+    )
     command_timeout: float = param(0.5, "s; no accepted command for this long stops the robot", dynamic=True)
-    observation_timeout: float = param(0.5, "s; no observation for this long stops the robot; 0 = do not watch",
-                                       dynamic=True)
+    observation_timeout: float = param(
+        0.5, "s; no observation for this long stops the robot; 0 = do not watch", dynamic=True
+    )
     max_observation_age: float = param(0.5, "s; a command answering an older observation is dropped", dynamic=True)
-    future_tolerance: float = param(0.1, "s; a command stamped further in the future is dropped; the clock going "
-                                    "back by more stops the robot")
+    future_tolerance: float = param(
+        0.1, "s; a command stamped further in the future is dropped; the clock going back by more stops the robot"
+    )
     stop_duration: float = param(0.5, "s; how long zero twists are repeated when stopping, before silence")
     cooldown: float = param(2.0, "s after a latch before it can be reset", dynamic=True)
 
     def __post_init__(self) -> None:
-        require_positive(self, "period", "max_translation", "max_rotation", "max_linear_speed", "max_angular_speed",
-                         "max_opening", "command_timeout", "max_observation_age", "future_tolerance")
+        require_positive(
+            self,
+            "period",
+            "max_translation",
+            "max_rotation",
+            "max_linear_speed",
+            "max_angular_speed",
+            "max_opening",
+            "command_timeout",
+            "max_observation_age",
+            "future_tolerance",
+        )
         require_non_negative(self, "observation_timeout", "stop_duration", "cooldown")
-        require(math.isfinite(self.gross_factor) and self.gross_factor >= 1, "gross_factor", self.gross_factor,
-                "a finite number of 1 or more")
+        require(
+            math.isfinite(self.gross_factor) and self.gross_factor >= 1,
+            "gross_factor",
+            self.gross_factor,
+            "a finite number of 1 or more",
+        )
 
 
 @dataclass(frozen=True)
@@ -245,8 +267,9 @@ class CommandGate:
             if opening == command.opening:
                 return Decision(Verdict.PASSED, "within limits", command)
             detail = f"gripper: {command.opening:.4g} m, limits 0 to {limits.max_opening:.4g} m"
-        limited = replace(command, linear=command.linear / linear_scale, angular=command.angular / angular_scale,
-                          opening=opening)
+        limited = replace(
+            command, linear=command.linear / linear_scale, angular=command.angular / angular_scale, opening=opening
+        )
         return Decision(Verdict.CLAMPED, detail, limited)
 
     def _observation_is_late(self, mono: float) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 from flashvla_ros.errors import ConfigurationError
 from flashvla_ros.paths import PACKAGE, config_file, fastdds_profile
 
-
 FAST_DDS_2_DISTROS = ("humble", "iron", "jazzy")  # their Fast DDS reads the profile's older variable name
 
 
@@ -70,11 +69,13 @@ def graph(name: str, overrides: Mapping[str, Mapping[str, Any]] | None = None) -
     if name not in GRAPHS:
         raise ConfigurationError(f"no graph is called '{name}'; there are: {', '.join(GRAPHS)}")
     overrides = dict(overrides or {})
-    specs = tuple(replace(spec, parameters={**spec.parameters, **overrides.pop(spec.name, {})})
-                  for spec in GRAPHS[name])
+    specs = tuple(
+        replace(spec, parameters={**spec.parameters, **overrides.pop(spec.name, {})}) for spec in GRAPHS[name]
+    )
     if overrides:
-        raise ConfigurationError(f"graph '{name}' has no node '{next(iter(overrides))}'; it has: "
-                                 f"{', '.join(spec.name for spec in specs)}")
+        raise ConfigurationError(
+            f"graph '{name}' has no node '{next(iter(overrides))}'; it has: {', '.join(spec.name for spec in specs)}"
+        )
     return specs
 
 

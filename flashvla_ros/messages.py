@@ -153,11 +153,14 @@ def action_to_twist(action: np.ndarray, spec: ActionSpec, max_opening: float) ->
     return linear, angular, float((1.0 - a[6]) * (0.5 * max_opening))
 
 
-def twist_to_action(linear: np.ndarray, angular: np.ndarray, opening: float, spec: ActionSpec,
-                    max_opening: float) -> np.ndarray:
+def twist_to_action(
+    linear: np.ndarray, angular: np.ndarray, opening: float, spec: ActionSpec, max_opening: float
+) -> np.ndarray:
     """The action (7,) float32 that `action_to_twist` turned into these quantities."""
-    return np.concatenate([
-        np.asarray(linear, float) / (spec.translation_scale * spec.control_freq),
-        np.asarray(angular, float) / (spec.rotation_scale * spec.control_freq),
-        [1.0 - opening / (0.5 * max_opening)],
-    ]).astype(np.float32)
+    return np.concatenate(
+        [
+            np.asarray(linear, float) / (spec.translation_scale * spec.control_freq),
+            np.asarray(angular, float) / (spec.rotation_scale * spec.control_freq),
+            [1.0 - opening / (0.5 * max_opening)],
+        ]
+    ).astype(np.float32)

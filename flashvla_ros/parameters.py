@@ -73,8 +73,9 @@ class NodeParameters(Generic[P]):
             )
             if node.has_parameter(name):
                 node.undeclare_parameter(name)
-            node.declare_parameter(name, _to_ros(value) or ([""] if isinstance(value, tuple) else value),
-                                   descriptor, ignore_override=True)
+            node.declare_parameter(
+                name, _to_ros(value) or ([""] if isinstance(value, tuple) else value), descriptor, ignore_override=True
+            )
         return self._cls(**values)
 
     def _set(self, parameters: list[Parameter]) -> SetParametersResult:

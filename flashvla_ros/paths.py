@@ -22,8 +22,10 @@ def share_directory() -> Path:
     for candidate in candidates:
         if (candidate / "launch" / "fastdds.xml").is_file():
             return candidate
-    raise ConfigurationError(f"the files of {PACKAGE} are in none of {', '.join(map(str, candidates))}: install the "
-                             "package with pip or colcon")
+    raise ConfigurationError(
+        f"the files of {PACKAGE} are in none of {', '.join(map(str, candidates))}: install the "
+        "package with pip or colcon"
+    )
 
 
 def config_file(name: str) -> Path:

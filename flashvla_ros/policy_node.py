@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,22 +16,28 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from flashvla_ros.diagnostics import (
-    ERROR, OK, STALE, WARN, Diagnostics, Window, describe, status, status_array,
-)
+from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Report, Window, describe, status, status_array
 from flashvla_ros.errors import ConfigurationError, MessageError
 from flashvla_ros.fields import param, require, require_positive
+from flashvla_ros.inference import Inference
 from flashvla_ros.messages import (
-    action_to_twist, gripper_message, read_compressed, read_image, read_pose, stamp_ns, to_stamp, twist_message,
+    action_to_twist,
+    gripper_message,
+    read_compressed,
+    read_image,
+    read_pose,
+    stamp_ns,
+    to_stamp,
+    twist_message,
 )
 from flashvla_ros.parameters import NodeParameters
 from flashvla_ros.qos import LATCHED, parse_qos
 from flashvla_ros.runner import run_node
 from flashvla_ros.sync import ApproximateSync
 from mllm.errors import PolicyError
-from mllm.policy import ActionStep, Observation, Policy, check_action, make_policy
+from mllm.policy import Observation, Policy, check_action, make_policy
 
-RESET_LIMIT = 10.0  # s that ~/reset waits for the inference thread
+BUSY_LIMIT = 10.0  # s that ~/reset and the end wait for the step the policy is in
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,20 @@ class PolicyParameters:
     policy_options: str = param("{}", "JSON object: keyword arguments of the policy's constructor")
     autostart: bool = param(True, "configure and activate by itself; false = wait for lifecycle transitions")
     instruction: str = param("", "instruction to start with; empty = wait for one on instruction_topic")
-    cameras: tuple[str, ...] = param(("agentview=agentview/image_raw",), "NAME=TOPIC of every camera; the policy "
-                                     "sees the images under these names")
-    image_transport: str = param("raw", "raw (sensor_msgs/Image) or compressed (sensor_msgs/CompressedImage; topics "
-                                 "then end in /compressed)")
-    eef_pose_topic: str = param("", "end-effector pose (geometry_msgs/PoseStamped), part of the observation; empty = none")
-    joint_states_topic: str = param("", "joint states (sensor_msgs/JointState), part of the observation; empty = none")
-    arm_joints: tuple[str, ...] = param(tuple(f"panda_joint{i}" for i in range(1, 8)), "names in joint_states, in order")
+    cameras: tuple[str, ...] = param(
+        ("agentview=agentview/image_raw",), "NAME=TOPIC of every camera; the policy sees the images under these names"
+    )
+    image_transport: str = param("raw", "raw (sensor_msgs/Image) or compressed (sensor_msgs/CompressedImage)")
+    eef_pose_topic: str = param("", "end-effector pose (geometry_msgs/PoseStamped) to observe; empty = none")
+    joint_states_topic: str = param("", "joint states (sensor_msgs/JointState) to observe; empty = none")
+    arm_joints: tuple[str, ...] = param(
+        tuple(f"panda_joint{i}" for i in range(1, 8)), "names in joint_states, in order"
+    )
     gripper_joints: tuple[str, ...] = param(("panda_finger_joint1", "panda_finger_joint2"), "names in joint_states")
     sync_slop: float = param(0.02, "s; inputs of one observation may differ by this much in time")
     image_qos: str = param("best_effort depth=2", "QoS of the cameras")
     state_qos: str = param("reliable depth=10", "QoS of pose and joint states")
-    instruction_topic: str = param("instruction", "task in words (std_msgs/String, transient local); a new one resets "
-                                   "the policy")
+    instruction_topic: str = param("instruction", "task in words (std_msgs/String, transient local); resets the policy")
     twist_topic: str = param("policy/command", "proposed twist (geometry_msgs/TwistStamped)")
     gripper_topic: str = param("policy/gripper_command", "proposed gripper opening (sensor_msgs/JointState, m)")
     command_qos: str = param("reliable depth=10", "QoS of the proposed commands")
@@ -62,47 +68,39 @@ class PolicyParameters:
 
     def __post_init__(self) -> None:
         require_positive(self, "sync_slop", "max_opening")
-        require(self.image_transport in ("raw", "compressed"), "image_transport", self.image_transport,
-                "raw or compressed")
+        transports = ("raw", "compressed")
+        require(self.image_transport in transports, "image_transport", self.image_transport, " or ".join(transports))
         require(len(self.cameras) > 0, "cameras", self.cameras, "at least one NAME=TOPIC")
         for entry in self.cameras:
-            name, _, topic = entry.partition("=")
-            require(bool(name and topic), "cameras", entry, "of the form NAME=TOPIC")
+            require(all(entry.partition("=")), "cameras", entry, "of the form NAME=TOPIC")
         names = [entry.partition("=")[0] for entry in self.cameras]
         require(len(set(names)) == len(names), "cameras", self.cameras, "a list without a name twice")
+        self.options()
+
+    def options(self) -> dict[str, Any]:
+        """The policy's keyword arguments."""
         try:
             options = json.loads(self.policy_options)
         except json.JSONDecodeError as error:
             raise ConfigurationError(f"parameter 'policy_options' is not JSON: {error}") from error
         require(isinstance(options, dict), "policy_options", self.policy_options, "a JSON object")
-
-
-@dataclass
-class Inbox:
-    """What the inference thread works on, all under one lock: the newest observation only, never a queue."""
-
-    lock: threading.Condition = field(default_factory=threading.Condition)
-    observation: tuple[int, dict[str, Any]] | None = None
-    reset_to: str | None = None  # instruction to reset the policy with, before anything else
-    active: bool = False
-    ended: bool = False
+        return options
 
 
 class PolicyNode(LifecycleNode):
-    """One executor thread for messages, one inference thread that owns the policy."""
+    """One executor thread for messages; `Inference` owns the policy in another."""
 
     def __init__(self) -> None:
         super().__init__("policy", automatically_declare_parameters_from_overrides=True)
         self._params = NodeParameters(self, PolicyParameters)
-        self._policy: Policy | None = None
-        self._instruction = self._params.value.instruction
-        self._fault = ""
-        self._received = self._answered = self._replaced = self._refused = 0
-        self._latency, self._period = Window(), Window()
-        self._inbox = Inbox()
-        self._thread: threading.Thread | None = None
-        self._io: list[Any] = []
         p = self._params.value
+        self._policy: Policy | None = None
+        self._inference: Inference | None = None
+        self._instruction = p.instruction
+        self._load_error = ""
+        self._answered = self._refused = 0
+        self._latency = Window()
+        self._inputs: list[Any] = []
         # Before the cameras: when both wait, an executor serves an instruction before the frames that follow it.
         self.create_subscription(String, p.instruction_topic, self._on_instruction, LATCHED)
         self.create_service(Trigger, "~/reset", self._on_reset)
@@ -122,219 +120,196 @@ class PolicyNode(LifecycleNode):
             return
         for trigger in (self.trigger_configure, self.trigger_activate):
             if trigger() is not TransitionCallbackReturn.SUCCESS:
-                raise ConfigurationError(f"node '{self.get_name()}' cannot start: {self._fault or 'see its log'}")
+                raise ConfigurationError(f"node '{self.get_name()}' cannot start: {self._load_error or 'see its log'}")
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Loads the policy and warms it up."""
         p = self._params.value
         try:
-            self._policy = make_policy(p.policy, **json.loads(p.policy_options))
-            if self._policy.action_spec.frame != p.frame_id:
-                raise PolicyError(f"policy '{p.policy}' acts in frame '{self._policy.action_spec.frame}', but parameter "
-                                  f"'frame_id' is '{p.frame_id}'")
+            self._policy = make_policy(p.policy, **p.options())
+            frame = self._policy.action_spec.frame
+            if frame != p.frame_id:
+                raise PolicyError(f"it acts in frame '{frame}', but parameter 'frame_id' is '{p.frame_id}'")
             warm_up = getattr(self._policy, "warm_up", None)
             if warm_up is not None:
                 warm_up()
-        except Exception as error:
-            return self._failed(f"policy '{p.policy}' cannot be loaded: {error}", error)
+        except Exception as error:  # whatever a third party's policy raises, the node lives and says so
+            self._load_error = f"policy '{p.policy}' cannot be loaded: {error}"
+            expected = isinstance(error, PolicyError)
+            self.get_logger().error(self._load_error if expected else describe(error))
+            return TransitionCallbackReturn.FAILURE
+        self._load_error = ""
+        self._inference = Inference(self._policy, self._answer, self._on_error)
+        if self._instruction:
+            self._inference.reset(self._instruction)
         self._subscribe()
-        self._inbox = Inbox(reset_to=self._instruction or None)
-        self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
-        self._thread.start()
         self.get_logger().info(f"configured with policy '{p.policy}'")
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        with self._inbox.lock:
-            self._inbox.active, self._inbox.observation = True, None
+        assert self._inference is not None
+        self._inference.activate()
         self.get_logger().info(f"active; instruction: {self._instruction or '(waiting for one)'}")
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._stop_commanding()
+        self._stand_still()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._end_inference()
+        self._unload()
         return super().on_cleanup(state)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._stop_commanding()
-        self._end_inference()
+        self.close()
         return super().on_shutdown(state)
 
     def close(self) -> None:
         """The last proposal is to stand still."""
-        self._stop_commanding()
-        self._end_inference()
+        self._stand_still()
+        self._unload()
 
-    def _failed(self, message: str, error: Exception) -> TransitionCallbackReturn:
-        self._fault = message
-        expected = isinstance(error, (PolicyError, ConfigurationError))
-        self.get_logger().error(message if expected else describe(error))
-        return TransitionCallbackReturn.FAILURE
+    def _stand_still(self) -> None:
+        def last_word() -> None:
+            stamp, zero = self.get_clock().now().to_msg(), np.zeros(3)
+            self._twists.publish(twist_message(zero, zero, stamp, self._params.value.frame_id))
 
-    def _stop_commanding(self) -> None:
-        with self._inbox.lock:
-            was_active, self._inbox.active, self._inbox.observation = self._inbox.active, False, None
-            if was_active:  # under the lock: the inference thread publishes under it too, so this is the last word
-                stamp = self.get_clock().now().to_msg()
-                self._twists.publish(twist_message(np.zeros(3), np.zeros(3), stamp, self._params.value.frame_id))
+        if self._inference is not None:
+            self._inference.deactivate(last_word)
 
-    def _end_inference(self) -> None:
-        with self._inbox.lock:
-            self._inbox.ended = True
-            self._inbox.lock.notify_all()
-        if self._thread is not None:
-            self._thread.join(RESET_LIMIT)
-            self._thread = None
-        for subscription in self._io:
+    def _unload(self) -> None:
+        for subscription in self._inputs:
             self.destroy_subscription(subscription)
-        self._io.clear()
-        self._policy = None
+        self._inputs.clear()
+        if self._inference is not None:
+            self._inference.end(BUSY_LIMIT)
+        self._inference = self._policy = None
 
-    # ------------------------------------------------------------------ inputs
+    # ------------------------------------------------------------------ messages in
 
     def _subscribe(self) -> None:
         p = self._params.value
+        image = CompressedImage if p.image_transport == "compressed" else Image
         inputs: list[tuple[str, Any, str, Any]] = []
-        compressed = p.image_transport == "compressed"
         for entry in p.cameras:
             name, _, topic = entry.partition("=")
-            inputs.append((f"image:{name}", CompressedImage if compressed else Image, topic, self._image_qos))
+            inputs.append((f"image:{name}", image, topic, self._image_qos))
         if p.eef_pose_topic:
             inputs.append(("eef_pose", PoseStamped, p.eef_pose_topic, self._state_qos))
         if p.joint_states_topic:
             inputs.append(("joint_states", JointState, p.joint_states_topic, self._state_qos))
         self._sync = ApproximateSync([name for name, *_ in inputs], int(p.sync_slop * 1e9))
         for name, kind, topic, qos in inputs:
-            self._io.append(self.create_subscription(
-                kind, topic, lambda message, name=name: self._on_input(name, message), qos))
+            self._inputs.append(
+                self.create_subscription(kind, topic, lambda m, name=name: self._on_input(name, m), qos)
+            )
 
     def _on_input(self, name: str, message: Any) -> None:
         matched = self._sync.add(name, stamp_ns(message.header.stamp), message)
-        if matched is None:
-            return
-        self._received += 1
-        with self._inbox.lock:
-            if self._inbox.active and not self._fault:
-                self._replaced += self._inbox.observation is not None
-                self._inbox.observation = matched
-                self._inbox.lock.notify_all()
+        if matched is not None and self._inference is not None:
+            self._inference.offer(matched)
 
     def _on_instruction(self, message: String) -> None:
         self._instruction = message.data
         self.get_logger().info(f"instruction: {message.data}")
-        self._request_reset()
-
-    def _request_reset(self) -> None:
-        self._fault = ""
-        with self._inbox.lock:
-            self._inbox.reset_to, self._inbox.observation = self._instruction, None
-            self._inbox.lock.notify_all()
+        if self._inference is not None:
+            self._inference.reset(message.data)
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Starts an episode: when this answers, the policy has forgotten the last one."""
-        if self._thread is None:
+        if self._inference is None:
             response.success, response.message = False, "not configured"
-            return response
-        self._request_reset()
-        with self._inbox.lock:
-            done = self._inbox.lock.wait_for(lambda: self._inbox.reset_to is None, RESET_LIMIT)
-        response.success = done and not self._fault
-        response.message = self._fault or ("reset" if done else f"the policy is busy for more than {RESET_LIMIT} s")
+        elif not self._instruction:
+            response.success, response.message = False, "no instruction yet"
+        else:
+            self._sync.clear()
+            self._inference.reset(self._instruction)
+            done = self._inference.wait_until_reset(BUSY_LIMIT)
+            response.success = done and not self._inference.fault
+            busy = "reset" if done else f"the policy has been busy for more than {BUSY_LIMIT} s"
+            response.message = self._inference.fault or busy
         return response
 
-    # ------------------------------------------------------------------ inference thread
+    # ------------------------------------------------------------------ in the inference thread
 
-    def _infer(self) -> None:
-        inbox, policy = self._inbox, self._policy
+    def _answer(self, work: tuple[int, dict[str, Any]]) -> None:
+        policy, inference, p = self._policy, self._inference, self._params.value
         assert policy is not None
-        while True:
-            with inbox.lock:
-                inbox.lock.wait_for(lambda: inbox.ended or inbox.reset_to is not None
-                                    or (inbox.observation is not None and self._instruction and not self._fault))
-                if inbox.ended:
-                    return
-                reset_to, work = inbox.reset_to, None
-                if reset_to is None:
-                    work, inbox.observation = inbox.observation, None
-            try:
-                if reset_to is not None:
-                    policy.reset(reset_to)
-                elif work is not None:
-                    self._answer(policy, *work)
-            except MessageError as error:
-                self._refused += 1
-                self.get_logger().warning(f"observation dropped: {error}", throttle_duration_sec=1.0)
-            except Exception as error:  # a policy's error must stop the robot, not the node
-                self._fault = f"policy failed: {error}"
-                self.get_logger().error(describe(error))
-                self._diagnostics.publish()
-            if reset_to is not None:
-                with inbox.lock:
-                    if inbox.reset_to is reset_to:
-                        inbox.reset_to = None
-                    inbox.lock.notify_all()
-
-    def _answer(self, policy: Policy, stamp: int, messages: dict[str, Any]) -> None:
-        start = time.perf_counter()
-        observation = self._observation(stamp, messages)
+        assert inference is not None
+        started = time.perf_counter()
+        observation = self._observation(*work)
         acting = time.perf_counter()
         step = policy.act(observation)
-        end = time.perf_counter()
-        spec, p = policy.action_spec, self._params.value
-        linear, angular, opening = action_to_twist(check_action(step.action), spec, p.max_opening)
-        ros_stamp = to_stamp(stamp)
-        with self._inbox.lock:
-            if not self._inbox.active:
-                return
-            self._grippers.publish(gripper_message(opening, ros_stamp))
-            self._twists.publish(twist_message(linear, angular, ros_stamp, p.frame_id))
+        acted = time.perf_counter()
+        action = check_action(step.action)
+        linear, angular, opening = action_to_twist(action, policy.action_spec, p.max_opening)
+        stamp = to_stamp(work[0])
+
+        def publish() -> None:
+            self._grippers.publish(gripper_message(opening, stamp))
+            self._twists.publish(twist_message(linear, angular, stamp, p.frame_id))
+
+        if not inference.while_active(publish):
+            return
         self._answered += 1
-        self._latency.add(end - start)
-        self._period.add(1.0 / spec.control_freq)
-        self._publish_step(ros_stamp, step, decode=acting - start, act=end - acting)
+        self._latency.add(acted - started)
+        stages = {"decode": acting - started, "act": acted - acting, **step.timing}
+        values = {**{f"{name}_ms": f"{seconds * 1e3:.3f}" for name, seconds in stages.items()}, **step.flags}
+        self._steps.publish(status_array(stamp, status(self.get_name(), OK, "computed", values)))
 
     def _observation(self, stamp: int, messages: dict[str, Any]) -> Observation:
         images, proprio = {}, {}
         for name, message in messages.items():
             kind, _, camera = name.partition(":")
             if kind == "image":
-                images[camera] = read_compressed(message) if isinstance(message, CompressedImage) else read_image(message)
+                read = read_compressed if isinstance(message, CompressedImage) else read_image
+                images[camera] = read(message)
             elif kind == "eef_pose":
                 proprio["eef_pos"], proprio["eef_quat"] = read_pose(message)
             else:
-                positions = dict(zip(message.name, message.position, strict=False))
-                p = self._params.value
-                missing = [j for j in (*p.arm_joints, *p.gripper_joints) if j not in positions]
-                if missing:
-                    raise MessageError(f"joint states lack {', '.join(missing)}; they have {', '.join(message.name)}")
-                proprio["joint_pos"] = np.array([positions[j] for j in p.arm_joints])
-                proprio["gripper_qpos"] = np.array([positions[j] for j in p.gripper_joints])
+                proprio["joint_pos"] = self._positions(message, self._params.value.arm_joints)
+                proprio["gripper_qpos"] = self._positions(message, self._params.value.gripper_joints)
         return Observation(images=images, proprio=proprio, stamp=stamp * 1e-9)
 
-    def _publish_step(self, stamp: Any, step: ActionStep, **seconds: float) -> None:
-        stages = {**seconds, **step.timing}
-        values = {**{f"{k}_ms": f"{v * 1e3:.3f}" for k, v in stages.items()}, **step.flags}
-        self._steps.publish(status_array(stamp, status(self.get_name(), OK, "computed", values)))
+    @staticmethod
+    def _positions(message: JointState, names: tuple[str, ...]) -> np.ndarray:
+        positions = dict(zip(message.name, message.position, strict=False))
+        missing = [name for name in names if name not in positions]
+        if missing:
+            raise MessageError(f"joint states lack {', '.join(missing)}; they have {', '.join(message.name)}")
+        return np.array([positions[name] for name in names])
+
+    def _on_error(self, error: Exception) -> None:
+        if isinstance(error, MessageError):
+            self._refused += 1
+            self.get_logger().warning(f"observation dropped: {error}", throttle_duration_sec=1.0)
+        else:
+            self.get_logger().error(describe(error))
+            self._diagnostics.publish()
 
     # ------------------------------------------------------------------ report
 
-    def _report(self) -> tuple[bytes, str, dict[str, object]]:
-        values = {"received": self._received, "answered": self._answered, "replaced": self._replaced,
-                  "refused": self._refused, "instruction": self._instruction, **self._latency.summary("latency")}
-        if self._fault:
-            return ERROR, self._fault, values
-        if not self._inbox.active:
-            return STALE, "not active", values
+    def _report(self) -> Report:
+        inference = self._inference
+        values = {
+            "answered": self._answered,
+            "replaced": inference.replaced if inference else 0,
+            "unmatched": self._sync.unmatched if inference else 0,
+            "refused": self._refused,
+            "instruction": self._instruction,
+            **self._latency.summary("latency"),
+        }
+        if inference is None or self._policy is None or not inference.active:
+            return (ERROR, self._load_error, values) if self._load_error else (STALE, "not active", values)
+        if inference.fault:
+            return ERROR, inference.fault, values
         if not self._instruction:
             return WARN, "waiting for an instruction", values
         if not self._answered:
             return WARN, "waiting for observations", values
-        if self._latency.percentile_ms(50) > self._period.percentile_ms(50):
-            return WARN, (f"latency {self._latency.percentile_ms(50):.1f} ms exceeds the control period "
-                          f"{self._period.percentile_ms(50):.1f} ms"), values
+        latency, period = self._latency.percentile_ms(50), 1e3 / self._policy.action_spec.control_freq
+        if latency > period:
+            return WARN, f"latency {latency:.1f} ms exceeds the control period {period:.1f} ms", values
         return OK, "acting", values
 
 

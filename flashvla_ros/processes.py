@@ -30,18 +30,32 @@ def _print_line(name: str, line: str) -> None:
 class ProcessGroup:
     """The processes of a graph. Use as a context manager: leaving it stops all, last started first."""
 
-    def __init__(self, specs: Sequence[NodeSpec], env: Mapping[str, str] | None = None,
-                 on_line: Callable[[str, str], None] = _print_line) -> None:
+    def __init__(
+        self,
+        specs: Sequence[NodeSpec],
+        env: Mapping[str, str] | None = None,
+        on_line: Callable[[str, str], None] = _print_line,
+    ) -> None:
         self._on_line = on_line
         self._readers: list[threading.Thread] = []
         self.processes: dict[str, subprocess.Popen[str]] = {}
-        child_env = environment(env) | {"PYTHONUNBUFFERED": "1", "RCUTILS_LOGGING_BUFFERED_STREAM": "1",
-                                        "RCUTILS_CONSOLE_OUTPUT_FORMAT": "{severity} {message}"}
+        child_env = environment(env) | {
+            "PYTHONUNBUFFERED": "1",
+            "RCUTILS_LOGGING_BUFFERED_STREAM": "1",
+            "RCUTILS_CONSOLE_OUTPUT_FORMAT": "{severity} {message}",
+        }
         try:
             for spec in specs:
                 process = subprocess.Popen(
-                    spec.command(), env=child_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                    errors="replace", start_new_session=True, preexec_fn=_die_with_parent)
+                    spec.command(),
+                    env=child_env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
                 self.processes[spec.name] = process
                 reader = threading.Thread(target=self._read, args=(spec.name, process.stdout), daemon=True)
                 reader.start()

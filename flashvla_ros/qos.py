@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 
 from flashvla_ros.errors import ConfigurationError
@@ -17,8 +19,9 @@ def parse_qos(text: str, parameter: str = "qos") -> QoSProfile:
     reliable | best_effort (default reliable); volatile | transient_local (default volatile); depth=N (default 10).
     Raises ConfigurationError naming `parameter` and the word that is wrong.
     """
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for word in text.split():
+        value: Any
         if word in _RELIABILITY:
             key, value = "reliability", _RELIABILITY[word]
         elif word in _DURABILITY:

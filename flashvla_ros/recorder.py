@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -28,17 +28,27 @@ from flashvla_ros.messages import read_image, stamp_ns
 from flashvla_ros.qos import LATCHED
 
 VIDEO_FPS = 20
-BAG_VERSION = 8  # the newest that rosbag2 of Humble's successors all read
+BAG_VERSION: Literal[8] = 8  # rosbag2 from Iron on reads it
 DEEP = QoSProfile(depth=1000)
 
 LIBERO_TOPICS: dict[str, type] = {
-    "/agentview/image_raw": Image, "/wrist/image_raw": Image,
-    "/agentview/camera_info": CameraInfo, "/wrist/camera_info": CameraInfo,
-    "/joint_states": JointState, "/eef_pose": PoseStamped, "/clock": Clock, "/instruction": String,
-    "/policy/command": TwistStamped, "/policy/gripper_command": JointState,
-    "/command": TwistStamped, "/gripper_command": JointState,
-    "/policy/step": DiagnosticArray, "/command_gate/decision": DiagnosticArray, "/sim_bridge/step": DiagnosticArray,
-    "/sim_bridge/outcome": DiagnosticArray, "/diagnostics": DiagnosticArray,
+    "/agentview/image_raw": Image,
+    "/wrist/image_raw": Image,
+    "/agentview/camera_info": CameraInfo,
+    "/wrist/camera_info": CameraInfo,
+    "/joint_states": JointState,
+    "/eef_pose": PoseStamped,
+    "/clock": Clock,
+    "/instruction": String,
+    "/policy/command": TwistStamped,
+    "/policy/gripper_command": JointState,
+    "/command": TwistStamped,
+    "/gripper_command": JointState,
+    "/policy/step": DiagnosticArray,
+    "/command_gate/decision": DiagnosticArray,
+    "/sim_bridge/step": DiagnosticArray,
+    "/sim_bridge/outcome": DiagnosticArray,
+    "/diagnostics": DiagnosticArray,
 }
 LATCHED_TOPICS = ("/instruction", "/sim_bridge/outcome")
 LIBERO_CAMERAS = ("/agentview/image_raw", "/wrist/image_raw")
@@ -99,8 +109,12 @@ class Recorder(Node):
             raise RecordingError(f"cannot record to {folder}: {error}") from error
         for topic, kind in topics.items():
             self.create_subscription(
-                kind, topic, lambda data, topic=topic, kind=kind: self._on_message(topic, kind, data),
-                LATCHED if topic in LATCHED_TOPICS else DEEP, raw=True)
+                kind,
+                topic,
+                lambda data, topic=topic, kind=kind: self._on_message(topic, kind, data),
+                LATCHED if topic in LATCHED_TOPICS else DEEP,
+                raw=True,
+            )
 
     def _connect(self, topic: str, kind: type) -> Any:
         assert self._bag is not None
@@ -108,11 +122,20 @@ class Recorder(Node):
         qos = LATCHED if topic in LATCHED_TOPICS else DEEP
         latched = qos.durability is DurabilityPolicy.TRANSIENT_LOCAL
         forever = QosTime(2147483647, 4294967295)
-        offered = Qos(QosHistory.KEEP_LAST, qos.depth, QosReliability.RELIABLE,
-                      QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
-                      forever, forever, QosLiveliness.AUTOMATIC, forever, False)
-        return self._bag.add_connection(topic, f"{package}/msg/{kind.__name__}", typestore=self._typestore,
-                                        offered_qos_profiles=[offered])
+        offered = Qos(
+            QosHistory.KEEP_LAST,
+            qos.depth,
+            QosReliability.RELIABLE,
+            QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE,
+            forever,
+            forever,
+            QosLiveliness.AUTOMATIC,
+            forever,
+            False,
+        )
+        return self._bag.add_connection(
+            topic, f"{package}/msg/{kind.__name__}", typestore=self._typestore, offered_qos_profiles=[offered]
+        )
 
     def _on_message(self, topic: str, kind: type, data: bytes) -> None:
         if self.error is not None or self._bag is None:

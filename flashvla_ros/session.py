@@ -40,6 +40,7 @@ def ros_context() -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM ends the block like SIGINT does, so that everything that was started is stopped."""
+
     def interrupt(_number: int, _frame: object) -> None:
         raise Interrupted
 
@@ -68,8 +69,13 @@ class Session:
         return Outcome("error", {"error": f"no outcome; ended by itself: {nodes or 'no node'}\n{log}"})
 
 
-def run_episode(overrides: Mapping[str, Mapping[str, Any]], *, record_to: Path | None = None,
-                on_progress: Callable[[EpisodeMonitor], None] = lambda _: None, limit: float = 600.0) -> Session:
+def run_episode(
+    overrides: Mapping[str, Mapping[str, Any]],
+    *,
+    record_to: Path | None = None,
+    on_progress: Callable[[EpisodeMonitor], None] = lambda _: None,
+    limit: float = 600.0,
+) -> Session:
     """Runs one episode of the `libero` graph and stops every node again.
 
     overrides: node name -> {parameter: value}. record_to: folder for the bag and the video, None = no recording.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,23 @@ from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Window, describe, status, status_array
+from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Report, Window, describe, status, status_array
 from flashvla_ros.errors import ConfigurationError, MessageError
-from flashvla_ros.fields import param, require, require_positive
 from flashvla_ros.messages import (
-    camera_info_message, image_message, pose_message, read_gripper, read_twist, stamp_ns, to_stamp,
+    camera_info_message,
+    image_message,
+    pose_message,
+    read_gripper,
+    read_twist,
+    stamp_ns,
+    to_stamp,
     twist_to_action,
 )
 from flashvla_ros.pairing import Pairing
 from flashvla_ros.parameters import NodeParameters
 from flashvla_ros.qos import LATCHED, parse_qos
 from flashvla_ros.runner import StopRequested, run_node
+from flashvla_ros.sim_bridge_parameters import BridgeParameters
 from flashvla_ros.traces import Trace
 from mllm.policy import ActionSpec
 from sim.env import EnvConfig, LiberoEnv
@@ -43,67 +48,6 @@ from sim.errors import ConfigurationError as SimConfigurationError
 
 NO_MOTION = np.zeros(6, np.float32)
 DISCOVERY_LIMIT = 30.0  # s that the first observation waits for somebody to receive it
-
-
-@dataclass(frozen=True)
-class BridgeParameters:
-    suite: str = param("libero_spatial", "libero_spatial, _object, _goal, _10 or _90; effective at the next ~/reset",
-                       dynamic=True)
-    task: str = param("0", "index or instruction of the task; effective at the next ~/reset", dynamic=True)
-    init_state: str = param("0", "index of an official initial state, or sampled; effective at the next ~/reset",
-                            dynamic=True)
-    seed: int = param(0, "draws the fixtures' poses, and the objects' of a sampled state", dynamic=True)
-    renderer: str = param("fast", "official (as published results) or fast (no reflections, no antialiasing)")
-    stepper: str = param("fast", "official or fast (same states to 1e-8)")
-    image_size: int = param(256, "pixels, height and width of both cameras")
-    cameras: tuple[str, ...] = param(("agentview=agentview", "robot0_eye_in_hand=wrist"), "CAMERA=TOPIC_PREFIX: LIBERO's"
-                                     " camera and the prefix of its image_raw and camera_info topics")
-    settle_steps: int = param(10, "steps without motion before the episode, while objects fall into place")
-    step_limit: int = param(0, "steps before the episode is a failure; 0 = the suite's")
-    mode: str = param("lockstep", "lockstep: wait for the command that answers each observation; realtime: step at "
-                      "20 Hz whatever comes")
-    on_silence: str = param("zero", "realtime without a new command: hold the last one, or zero (stand still)")
-    lockstep_timeout: float = param(10.0, "s; without the answering command for this long the episode is an error")
-    policy_reset_service: str = param("policy/reset", "called before every episode (std_srvs/Trigger), so that the "
-                                      "policy has forgotten the last one; empty = not called")
-    observers: int = param(0, "lockstep: receivers of the images, beyond the policy, that the first observation waits "
-                           "for (a recorder)")
-    autostart: bool = param(True, "start an episode at once; false = wait for ~/reset")
-    twist_topic: str = param("command", "gated twist (geometry_msgs/TwistStamped)")
-    gripper_topic: str = param("gripper_command", "gated gripper opening (sensor_msgs/JointState, m)")
-    max_opening: float = param(0.08, "m; gripper opening that stands for -1")
-    image_qos: str = param("reliable depth=5", "QoS of image_raw and camera_info; lockstep needs reliable")
-    state_qos: str = param("reliable depth=10", "QoS of eef_pose and joint_states")
-    command_qos: str = param("reliable depth=10", "QoS of the gated commands")
-    trace_file: str = param("", "file (.npz) that gets every simulator state, action and timing of an episode; empty = "
-                            "none")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "lockstep_timeout", "max_opening")
-        require(self.mode in ("lockstep", "realtime"), "mode", self.mode, "lockstep or realtime")
-        require(self.on_silence in ("hold", "zero"), "on_silence", self.on_silence, "hold or zero")
-        require(self.step_limit >= 0, "step_limit", self.step_limit, "0 (the suite's) or more")
-        require(self.observers >= 0, "observers", self.observers, "0 or more")
-        for entry in self.cameras:
-            require(all(entry.partition("=")), "cameras", entry, "of the form CAMERA=TOPIC_PREFIX")
-        try:
-            self.env_config()
-            self.initial_state()
-        except SimConfigurationError as error:
-            raise ConfigurationError(str(error)) from error
-
-    def env_config(self) -> EnvConfig:
-        return EnvConfig(
-            suite=self.suite, task=int(self.task) if self.task.isdigit() else self.task,
-            cameras=tuple(entry.partition("=")[0] for entry in self.cameras), image_size=self.image_size,
-            renderer=self.renderer, stepper=self.stepper, settle_steps=self.settle_steps,
-            step_limit=self.step_limit or None, seed=self.seed)
-
-    def initial_state(self) -> int | str:
-        if self.init_state == "sampled":
-            return self.init_state
-        require(self.init_state.isdigit(), "init_state", self.init_state, "an index of 0 or more, or 'sampled'")
-        return int(self.init_state)
 
 
 class SimBridgeNode(Node):
@@ -134,8 +78,10 @@ class SimBridgeNode(Node):
         self._cameras = {}
         for entry in p.cameras:
             camera, _, prefix = entry.partition("=")
-            self._cameras[camera] = (self.create_publisher(Image, f"{prefix}/image_raw", image_qos),
-                                     self.create_publisher(CameraInfo, f"{prefix}/camera_info", image_qos))
+            self._cameras[camera] = (
+                self.create_publisher(Image, f"{prefix}/image_raw", image_qos),
+                self.create_publisher(CameraInfo, f"{prefix}/camera_info", image_qos),
+            )
         self._poses = self.create_publisher(PoseStamped, "eef_pose", state_qos)
         self._joints = self.create_publisher(JointState, "joint_states", state_qos)
         self._instructions = self.create_publisher(String, "instruction", LATCHED)
@@ -146,7 +92,9 @@ class SimBridgeNode(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/pause", self._on_pause)
-        self._policy_reset = self.create_client(Trigger, p.policy_reset_service) if p.policy_reset_service else None
+        self._policy_reset: Any = None
+        if p.policy_reset_service:
+            self._policy_reset = self.create_client(Trigger, p.policy_reset_service)
         self._diagnostics = Diagnostics(self, self._report)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self)
@@ -166,7 +114,8 @@ class SimBridgeNode(Node):
         command = self._pairing.add(stamp, kind, value)
         self._pairing.abandoned()
         if command is not None:
-            action = twist_to_action(*command["twist"], command["gripper"], self._spec, self._params.value.max_opening)
+            linear, angular = command["twist"]
+            action = twist_to_action(linear, angular, command["gripper"], self._spec, self._params.value.max_opening)
             self._action, self._answered_ns, self._fresh = np.clip(action, -1, 1), stamp, True
         elif self._params.value.mode == "realtime" and kind == "twist" and not np.any(value):
             # A twist of zero without a gripper half is the gate's stop: stand still, leave the gripper.
@@ -216,8 +165,10 @@ class SimBridgeNode(Node):
         self._now_ns += 1_000_000_000  # no stamp of the last episode is mistaken for one of this
         self._pairing, self._answered_ns = Pairing(), 0
         self._action, self._fresh = np.append(NO_MOTION, np.float32(-1)), False
-        self.get_logger().info(f"episode: {p.suite} task {env.task.index} '{env.task.language}', "
-                               f"initial state {p.initial_state()}, {p.mode}")
+        self.get_logger().info(
+            f"episode: {p.suite} task {env.task.index} '{env.task.language}', "
+            f"initial state {p.initial_state()}, {p.mode}"
+        )
         deadline = time.monotonic()
         while not stop and not self._reset_wanted:
             published = time.perf_counter()
@@ -225,8 +176,11 @@ class SimBridgeNode(Node):
             if p.mode == "lockstep":
                 if not self._await_command(p.lockstep_timeout, stop):
                     if not stop and not self._reset_wanted:
-                        self._finish("error", f"no command answered the observation of {self._now_ns * 1e-9:.3f} s "
-                                     f"within {p.lockstep_timeout} s; {self._last_fault or 'no node reports a fault'}")
+                        self._finish(
+                            "error",
+                            f"no command answered the observation of {self._now_ns * 1e-9:.3f} s "
+                            f"within {p.lockstep_timeout} s; {self._last_fault or 'no node reports a fault'}",
+                        )
                     return
             else:
                 deadline = self._wait_until(deadline + self._period_ns * 1e-9, stop)
@@ -262,26 +216,34 @@ class SimBridgeNode(Node):
             while not stop and not self._connected():
                 self._executor.spin_once(timeout_sec=0.05)
                 if time.monotonic() > limit:
-                    raise ConfigurationError(f"nobody receives the cameras or nobody commands after {DISCOVERY_LIMIT} s:"
-                                             " is the policy active, and the gate running?")
+                    raise ConfigurationError(
+                        f"nobody receives the cameras or nobody commands after {DISCOVERY_LIMIT} s:"
+                        " is the policy active, and the gate running?"
+                    )
         if self._policy_reset is None or stop:
             return
         while not self._policy_reset.service_is_ready():
             self._executor.spin_once(timeout_sec=0.05)
             if stop or time.monotonic() > limit:
-                raise ConfigurationError(f"service '{self._policy_reset.srv_name}' does not answer: start the policy, or "
-                                         "set parameter 'policy_reset_service' to '' if it has none")
+                raise ConfigurationError(
+                    f"service '{self._policy_reset.srv_name}' does not answer: start the policy, or "
+                    "set parameter 'policy_reset_service' to '' if it has none"
+                )
         future = self._policy_reset.call_async(Trigger.Request())
         self._executor.spin_until_future_complete(future, timeout_sec=DISCOVERY_LIMIT)
-        if not future.done() or not future.result().success:
-            reason = future.result().message if future.done() else f"no answer within {DISCOVERY_LIMIT} s"
+        answer = future.result() if future.done() else None
+        if answer is None or not answer.success:
+            reason = answer.message if answer else f"no answer within {DISCOVERY_LIMIT} s"
             raise RuntimeError(f"the policy cannot be reset: {reason}")
 
     def _connected(self) -> bool:
         p = self._params.value
-        return (all(images.get_subscription_count() > p.observers for images, _ in self._cameras.values())
-                and self._poses.get_subscription_count() > 0
-                and self.count_publishers(p.twist_topic) > 0 and self.count_publishers(p.gripper_topic) > 0)
+        return (
+            all(images.get_subscription_count() > p.observers for images, _ in self._cameras.values())
+            and self._poses.get_subscription_count() > 0
+            and self.count_publishers(p.twist_topic) > 0
+            and self.count_publishers(p.gripper_topic) > 0
+        )
 
     def _await_command(self, limit: float, stop: StopRequested) -> bool:
         end = time.monotonic() + limit
@@ -307,19 +269,22 @@ class SimBridgeNode(Node):
     # ------------------------------------------------------------------ messages out
 
     def _publish(self, env: LiberoEnv, observation: dict[str, Any]) -> None:
+        """Largest first, and what the policy does not wait for last."""
         stamp = to_stamp(self._now_ns)
-        self._clock_publisher.publish(Clock(clock=stamp))
         proprio, size = observation["proprio"], self._params.value.image_size
+        for camera, (images, _) in self._cameras.items():
+            images.publish(image_message(observation["images"][camera], stamp, camera))
         self._poses.publish(pose_message(proprio["eef_pos"], proprio["eef_quat"], stamp, self._spec.frame))
         joints = JointState(
             name=[*(f"panda_joint{i}" for i in range(1, 8)), "panda_finger_joint1", "panda_finger_joint2"],
             position=[*proprio["joint_pos"].tolist(), *proprio["gripper_qpos"].tolist()],
-            velocity=[*proprio["joint_vel"].tolist(), math.nan, math.nan])
+            velocity=[*proprio["joint_vel"].tolist(), math.nan, math.nan],
+        )
         joints.header.stamp = stamp
         self._joints.publish(joints)
-        for camera, (images, infos) in self._cameras.items():
+        self._clock_publisher.publish(Clock(clock=stamp))
+        for camera, (_, infos) in self._cameras.items():
             infos.publish(camera_info_message(env.camera_info(camera), size, size, stamp, camera))
-            images.publish(image_message(observation["images"][camera], stamp, camera))
 
     def _note_timing(self, timing: dict[str, float]) -> None:
         self._physics.add(timing["physics"])
@@ -345,10 +310,15 @@ class SimBridgeNode(Node):
         log = self.get_logger().error if outcome == "error" else self.get_logger().info
         log(f"{outcome} after {values.get('steps', 0)} steps {error}".rstrip())
 
-    def _report(self) -> tuple[bytes, str, dict[str, object]]:
-        values = {"outcome": self._outcome, "mode": self._params.value.mode, "overruns": self._overruns,
-                  **self._physics.summary("physics"), **self._render.summary("render"),
-                  **self._answer.summary("answer")}
+    def _report(self) -> Report:
+        values = {
+            "outcome": self._outcome,
+            "mode": self._params.value.mode,
+            "overruns": self._overruns,
+            **self._physics.summary("physics"),
+            **self._render.summary("render"),
+            **self._answer.summary("answer"),
+        }
         if self._paused:
             return STALE, "paused", values
         if self._outcome == "error":

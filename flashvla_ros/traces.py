@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,12 +36,25 @@ class Trace:
 
     def save(self, path: Path, outcome: str, error: str) -> None:
         """Writes the file in one move, so that a reader never sees half of it."""
-        header = {"outcome": outcome, "error": error, "mode": self.mode, "init_state": self.init_state,
-                  "instruction": self.task.language, **asdict(self.config)}
-        timing = {f"timing_{name}": [t[name] for t in self.timing] for name in (self.timing[0] if self.timing else ())}
+        header = {
+            "outcome": outcome,
+            "error": error,
+            "mode": self.mode,
+            "init_state": self.init_state,
+            "instruction": self.task.language,
+            **asdict(self.config),
+        }
+        arrays: dict[str, Any] = {
+            f"timing_{name}": [t[name] for t in self.timing] for name in (self.timing[0] if self.timing else ())
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         with part.open("wb") as file:
-            np.savez(file, states=np.array(self.states), actions=np.array(self.actions, np.float32).reshape(-1, 7),
-                     header=np.array(json.dumps(header)), **timing)
+            np.savez(
+                file,
+                states=np.array(self.states),
+                actions=np.array(self.actions, np.float32).reshape(-1, 7),
+                header=np.array(json.dumps(header)),
+                **arrays,
+            )
         os.replace(part, path)

@@ -1,1 +1,1 @@
-"""The vision-language-action policy: interface, model and decoding. May import `quant`; knows no simulator and no ROS."""
+"""The vision-language-action policy: interface, model and decoding. May import `quant`; knows no simulator."""

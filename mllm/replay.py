@@ -37,6 +37,8 @@ class ReplayPolicy:
         if index < len(actions):
             return ActionStep(actions[index], flags={"replayed": index})
         if self._after_end == "error":
-            raise PolicyError(f"the recording has {len(actions)} actions and the episode goes on: it was recorded "
-                              "elsewhere, or the loop is not exact")
+            raise PolicyError(
+                f"the recording has {len(actions)} actions and the episode goes on: it was recorded "
+                "elsewhere, or the loop is not exact"
+            )
         return ActionStep(np.append(np.zeros(6, np.float32), actions[-1, 6]), flags={"replayed": len(actions) - 1})
