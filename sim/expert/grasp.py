@@ -70,7 +70,7 @@ def stretches(profile: np.ndarray, level: float) -> list[tuple[int, int]]:
 
 
 def _candidates(scene: Scene, points: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
-    """(position, yaw, width) of every stretch that fits between the fingers, with the closing axis through the centre."""
+    """(position, yaw, width) of every stretch that fits between the fingers; closing axes go through the centre."""
     low, high = points.min(0), points.max(0)
     centre = 0.5 * (low + high)[:2]
     height = float(high[2] - low[2])
@@ -93,36 +93,42 @@ def _candidates(scene: Scene, points: np.ndarray) -> Iterator[tuple[np.ndarray, 
                     yield np.array([*(centre + middle * closing), z]), float(yaw), width
 
 
-def _intrusion(scene: Scene, position: np.ndarray, yaw: float) -> float:
-    """Metres by which the scene rises into the open fingers and the palm at a grasp, the two added up."""
+def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> float:
+    """Metres by which things rise into the fingers, as far as they sweep, and into the palm; the two added up.
+
+    own: whether the object counts, where the open fingers come down beside it.
+    """
     lateral, closing = rotation_about_z(yaw)[:2, 0], rotation_about_z(yaw)[:2, 1]
 
-    def patch(along: np.ndarray, across: np.ndarray) -> np.ndarray:
-        return np.array([position[:2] + a * closing + b * lateral for a in along for b in across])
+    def highest(along: np.ndarray, half_width: float, own: bool) -> float:
+        sides = np.linspace(-half_width, half_width, 3)
+        both = np.concatenate([-along, along])
+        places = np.array([position[:2] + a * closing + b * lateral for a in both for b in sides])
+        return float(scene.heights(places, own=own).max())
 
-    outer = MAX_OPENING / 2 + np.linspace(0, FINGER_THICKNESS, 3)
-    fingers = patch(np.concatenate([-outer, outer]), np.linspace(-FINGER_HALF_WIDTH, FINGER_HALF_WIDTH, 3))
-    palm = patch(np.linspace(-PALM_HALF_LENGTH, PALM_HALF_LENGTH, 6), np.linspace(-PALM_HALF_WIDTH, PALM_HALF_WIDTH, 3))
-    into_fingers = scene.heights(fingers).max() - (position[2] - FINGERTIP - 0.003)
-    into_palm = scene.heights(palm, own=False).max() - (position[2] + PALM)
-    return max(0.0, float(into_fingers)) + max(0.0, float(into_palm))
+    opened = MAX_OPENING / 2 + np.linspace(0, FINGER_THICKNESS, 3)
+    swept = np.linspace(0, MAX_OPENING / 2 + FINGER_THICKNESS, 7)
+    fingers = max(highest(opened, FINGER_HALF_WIDTH, own), highest(swept, FINGER_HALF_WIDTH, False))
+    palm = highest(np.linspace(0.02, PALM_HALF_LENGTH, 3), PALM_HALF_WIDTH, False)
+    return max(0.0, fingers - float(position[2] - FINGERTIP - 0.003)) + max(0.0, palm - float(position[2] + PALM))
 
 
 def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarray) -> Grasp:
-    """The best grasp of the scene's object: clear fingers first, then narrow, near, and little turning of the wrist.
+    """The best grasp of the scene's object: clear of everything here and where the object goes, within reach, narrow,
+    near, and with little turning of the wrist.
 
-    hand, base: (2,) m, where the gripper and the robot's base are.  move: (2,) m, by which the object will be carried.
+    hand, base: (2,) m, where the gripper and the robot's base are.  move: (3,) m, by which the object will be carried.
     Raises EnvironmentFault: nothing fits between the fingers.
     """
     best: Grasp | None = None
     for position, yaw, width in _candidates(scene, body_points(scene.model, scene.data, scene.body)):
-        reach = max(np.linalg.norm(place - base) for place in (position[:2], position[:2] + move))
+        reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
         score = (
-            40.0 * _intrusion(scene, position, yaw)
+            40.0 * (_intrusion(scene, position, yaw, own=True) + _intrusion(scene, position + move, yaw, own=False))
+            + 25.0 * max(0.0, reach - REACH)
             + 10.0 * width
             + 0.5 * abs(yaw)
             + 0.15 * float(np.linalg.norm(position[:2] - hand))
-            + 8.0 * max(0.0, float(reach) - REACH)
         )
         if best is None or score < best.score:
             best = Grasp(position, yaw, width, score)

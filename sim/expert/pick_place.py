@@ -8,7 +8,6 @@ that another policy got into (DAgger, Ross et al. 2011), and one frame is enough
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import mujoco
 import numpy as np
@@ -137,17 +136,18 @@ class PickPlaceExpert:
         origin, rotation = data.xpos[self._body].copy(), data.xmat[self._body].reshape(3, 3).copy()
         points = body_points(model, data, self._body)
         hand, target = self._hand().copy(), self._target_position().copy()
-        move = target[:2] - origin[:2]
+        low, top = float(points[:, 2].min()), float(points[:, 2].max())
+        rest = self._resting_height(points - [*origin[:2], low], target)
+        move = np.array([*(target[:2] - origin[:2]), rest - low])
         grasp = find_grasp(scene, hand[:2], data.xpos[self._base][:2], move)
 
-        low, top = float(points[:, 2].min()), float(points[:, 2].max())
         radius = float(np.linalg.norm(points[:, :2] - origin[:2], axis=1).max())
         way_there = scene.heights(corridor(hand[:2], grasp.position[:2], 0.06), own=False).max()
         hover = max(top + 0.05, float(way_there) + CLEARANCE + FINGERTIP)
 
         # The object clears what it passes over, and so does the palm, which is wider but higher up.
         under_object = scene.heights(corridor(origin[:2], target[:2], radius + 0.01), own=False).max()
-        drop = grasp.position[:2] + move
+        drop = grasp.position[:2] + move[:2]
         under_palm = scene.heights(corridor(grasp.position[:2], drop, PALM_HALF_LENGTH), own=False).max()
         palm = float(grasp.position[2] - origin[2]) + PALM
         carry = max(float(under_object) + origin[2] - low, float(under_palm) - palm) + CLEARANCE
@@ -158,7 +158,7 @@ class PickPlaceExpert:
             points=(points - origin) @ rotation,
             hover=hover,
             carry=max(carry, float(origin[2]) + 0.05),
-            rest=self._resting_height(points - [*origin[:2], low], target) - float(target[2]),
+            rest=rest - float(target[2]),
         )
 
     def _resting_height(self, points: np.ndarray, target: np.ndarray) -> float:
