@@ -227,7 +227,7 @@ class CommandGate:
             return dropped(f"future: stamped {-age:.3f} s ahead of the clock, limit {limits.future_tolerance} s")
         if self._observation_is_late(mono):
             return dropped(f"no observation: none for {limits.observation_timeout} s")
-        speed, turn = float(np.linalg.norm(linear)), float(np.linalg.norm(angular))
+        speed, turn = math.hypot(*linear), math.hypot(*angular)
         if self._last_stamp_ns is not None and command.stamp_ns <= self._last_stamp_ns:
             if speed == turn == 0:  # a stop is always welcome, but it must not move the gripper
                 stop = replace(command, opening=None, stamp_ns=self._last_stamp_ns)

@@ -1,0 +1,249 @@
+"""The policy node as a real process, with policies of a third party found through their entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import TwistStamped
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+
+from flashvla_ros.diagnostics import ERROR, values_of
+from flashvla_ros.messages import compressed_message, image_message, read_twist, stamp_ns
+from flashvla_ros.qos import LATCHED
+
+THIRD_PARTY = '''
+import numpy as np
+from mllm.policy import ActionSpec, ActionStep
+
+class Mean:
+    """Answers the mean brightness of the image, and the number of steps since its reset."""
+    action_spec = ActionSpec()
+    def __init__(self, fail_on=None): self.fail_on = fail_on
+    def reset(self, instruction): self.steps, self.instruction = 0, instruction
+    def act(self, observation):
+        self.steps += 1
+        if self.steps == self.fail_on:
+            raise RuntimeError("the third party's bug")
+        image = observation.images["front"]
+        action = np.array([image[0, 0, 0] / 255, self.steps / 100, 0, 0, 0, 0, -1], np.float32)
+        return ActionStep(action, flags={"instruction": self.instruction})
+
+class Wrong(Mean):
+    def act(self, observation): return ActionStep(np.full(7, np.nan, np.float32))
+
+class OtherFrame(Mean):
+    action_spec = ActionSpec(frame="tool0")
+'''
+
+
+@pytest.fixture
+def third_party(tmp_path, monkeypatch):
+    """A package of somebody else's, as pip would install it."""
+    (tmp_path / "third_party.py").write_text(THIRD_PARTY)
+    info = tmp_path / "third_party-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[flashvla.policies]\nmean = third_party:Mean\nwrong = third_party:Wrong\nother_frame = third_party:OtherFrame\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+
+class Camera:
+    """The policy's surroundings: publishes images, hears proposals."""
+
+    def __init__(self, ros, nodes, policy="mean", options=None, **parameters) -> None:
+        self.ros = ros
+        parameters = {"cameras": ["front=image_raw"], "policy": policy, "policy_options": json.dumps(options or {}),
+                      "image_qos": "reliable depth=10", **parameters}
+        self.group = nodes.start("robot", only=("policy",), policy=parameters)
+        self.twists = ros.listen(TwistStamped, "/policy/command")
+        self.grippers = ros.listen(JointState, "/policy/gripper_command")
+        self.steps = ros.listen(DiagnosticArray, "/policy/step")
+        self.diagnostics = ros.listen(DiagnosticArray, "/diagnostics")
+        self.images = ros.node.create_publisher(Image, "/image_raw", 10)
+        self.instructions = ros.node.create_publisher(String, "/instruction", LATCHED)
+
+    def ready(self, instruction="stack the cubes"):
+        self.ros.connected(self.images)
+        for topic in ("/policy/command", "/policy/gripper_command", "/policy/step"):
+            self.ros.wait(lambda topic=topic: self.ros.node.count_publishers(topic))
+        if instruction:
+            self.instructions.publish(String(data=instruction))
+            self.ros.wait(lambda: self.ros.call(Trigger, "/policy/reset", Trigger.Request()).success)
+        return self
+
+    def show(self, brightness=255, message=None):
+        if message is None:
+            stamp = self.ros.node.get_clock().now().to_msg()
+            message = image_message(np.full((4, 4, 3), brightness, np.uint8), stamp, "front")
+        self.images.publish(message)
+        return stamp_ns(message.header.stamp)
+
+    def answered(self, count):
+        self.ros.wait(lambda: len(self.twists) >= count and len(self.grippers) >= count, what=f"for answer {count}")
+        return read_twist(self.twists[count - 1])[0]
+
+    def reported(self, text):
+        return self.ros.wait(lambda: [m for m in self.diagnostics if text in m.status[0].message], what=f"for {text!r}")
+
+
+def change_state(ros, transition):
+    request = ChangeState.Request(transition=Transition(id=transition))
+    return ros.call(ChangeState, "/policy/change_state", request).success
+
+
+def test_command_answers_the_image_and_carries_its_stamp(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    stamp = camera.show(brightness=51)
+    linear = camera.answered(1)
+    np.testing.assert_allclose(linear, [0.2, 0.01, 0], rtol=1e-6)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp == stamp_ns(camera.grippers[0].header.stamp)
+    ros.wait(lambda: camera.steps)
+    assert values_of(camera.steps[0].status[0])["instruction"] == "stack the cubes"
+
+
+def test_nothing_is_commanded_before_an_instruction(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready(instruction="")
+    camera.show()
+    camera.reported("waiting for an instruction")
+    camera.ready()
+    stamp = camera.show(brightness=0)
+    camera.answered(1)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp  # the first command answers the second image
+
+
+def test_new_instruction_resets_the_policy(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    camera.show()
+    camera.answered(1)
+    camera.show()
+    assert camera.answered(2)[1] == pytest.approx(0.02)
+    camera.ready("open the drawer")
+    camera.show()
+    assert camera.answered(3)[1] == pytest.approx(0.01)
+
+
+def test_lifecycle_transitions_start_and_stop_commands_and_the_last_one_is_zero(ros, nodes, third_party):
+    camera = Camera(ros, nodes, autostart=False)
+    assert change_state(ros, Transition.TRANSITION_CONFIGURE)
+    camera.ready()
+    assert change_state(ros, Transition.TRANSITION_ACTIVATE)
+    camera.show()
+    camera.answered(1)
+    assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
+    ros.wait(lambda: len(camera.twists) == 2)
+    camera.show()
+    assert change_state(ros, Transition.TRANSITION_ACTIVATE)
+    stamp = camera.show(brightness=0)
+    ros.wait(lambda: len(camera.twists) == 3)
+    assert not np.any(read_twist(camera.twists[1]))
+    assert stamp_ns(camera.twists[2].header.stamp) == stamp  # the image shown while inactive was not answered
+    assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
+    assert change_state(ros, Transition.TRANSITION_CLEANUP)
+    assert change_state(ros, Transition.TRANSITION_CONFIGURE)
+
+
+def test_sigterm_proposes_to_stand_still_last_and_ends_with_status_0(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    camera.show()
+    camera.answered(1)
+    process = camera.group.processes["policy"]
+    process.send_signal(signal.SIGTERM)
+    ros.wait(lambda: process.poll() is not None)
+    ros.drain()
+    assert process.returncode == 0
+    assert not np.any(read_twist(camera.twists[-1]))
+
+
+def test_error_of_the_policy_stops_commands_until_a_reset(ros, nodes, third_party):
+    camera = Camera(ros, nodes, options={"fail_on": 2}).ready()
+    camera.show()
+    camera.answered(1)
+    camera.show()
+    message = camera.reported("policy failed: RuntimeError: the third party's bug")[0]
+    assert message.status[0].level == ERROR
+    camera.show()
+    camera.ready()
+    stamp = camera.show()
+    camera.answered(2)
+    assert stamp_ns(camera.twists[1].header.stamp) == stamp
+    assert "Traceback" in nodes.output()
+
+
+def test_nan_action_is_the_policys_error_and_is_not_sent(ros, nodes, third_party):
+    camera = Camera(ros, nodes, policy="wrong").ready()
+    camera.show()
+    camera.reported("action[0] is nan")
+    assert not camera.twists
+
+
+def test_unusable_images_are_refused_and_counted_and_the_next_is_answered(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    for spoil in ({"encoding": "16UC1"}, {"step": 3}, {"height": 400}):
+        message = image_message(np.zeros((4, 4, 3), np.uint8), ros.node.get_clock().now().to_msg(), "front")
+        for name, value in spoil.items():
+            setattr(message, name, value)
+        camera.show(message=message)
+        refused = str(len([1 for line in nodes.lines if "observation dropped" in line]) + 1)
+        ros.wait(lambda refused=refused: any(values_of(m.status[0])["refused"] >= refused for m in camera.diagnostics))
+        camera.diagnostics.clear()
+    stamp = camera.show()
+    camera.answered(1)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp
+
+
+def test_padded_rows_are_read_right(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    message = image_message(np.full((4, 4, 3), 102, np.uint8), ros.node.get_clock().now().to_msg(), "front")
+    rows = np.zeros((4, 20), np.uint8)
+    rows[:, :12] = 102
+    message.step, message.data = 20, rows.tobytes()
+    camera.show(message=message)
+    assert camera.answered(1)[0] == pytest.approx(0.4)
+
+
+def test_compressed_images(ros, nodes, third_party):
+    from sensor_msgs.msg import CompressedImage
+
+    camera = Camera(ros, nodes, image_transport="compressed", cameras=["front=image_raw/compressed"])
+    camera.images = ros.node.create_publisher(CompressedImage, "/image_raw/compressed", 10)
+    camera.ready()
+    stamp = ros.node.get_clock().now().to_msg()
+    camera.show(message=compressed_message(np.full((16, 16, 3), 128, np.uint8), stamp, "front", 95))
+    assert camera.answered(1)[0] == pytest.approx(128 / 255, abs=0.02)
+
+
+def test_only_the_newest_of_many_images_is_answered_last(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    last = [camera.show(brightness=b) for b in range(100)][-1]
+    ros.wait(lambda: camera.twists and stamp_ns(camera.twists[-1].header.stamp) == last)
+    stamps = [stamp_ns(m.header.stamp) for m in camera.twists]
+    assert stamps == sorted(set(stamps))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [({"policy": "nope"}, "no policy is called 'nope'; installed: hold, mean, other_frame, replay, wrong"),
+     ({"policy": "mean", "policy_options": '{"colour": 1}'}, "colour"),
+     ({"policy": "mean", "policy_options": "{"}, "policy_options"),
+     ({"policy": "other_frame"}, "frame 'tool0'"),
+     ({"policy": "replay", "policy_options": '{"episode": "/nowhere.safetensors"}'}, "/nowhere.safetensors"),
+     ({"cameras": ["front"]}, "NAME=TOPIC"),
+     ({"image_transport": "smoke"}, "image_transport")],
+)
+def test_wrong_configuration_ends_the_node_with_status_2_naming_it(nodes, third_party, parameters, said):
+    group = nodes.start("robot", only=("policy",), policy=parameters)
+    assert group.processes["policy"].wait(30) == 2
+    group.stop()
+    assert said in nodes.output()
+    assert "Traceback" not in nodes.output()
