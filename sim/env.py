@@ -75,7 +75,6 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     Reward is 1 in the step that reaches the goal, which ends the episode, and 0 before it.
     info: "success" bool; "step" control steps since settling; "stamp" simulated seconds since settling, of the
     observation; "timing" {"physics": s, "render": s}.
-    Only one environment with cameras should live in a process (see `sim.render`).
     """
 
     # Gymnasium declares it so: a plain attribute of the class.
@@ -88,16 +87,16 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.init_states = load_init_states(self.task)
         self.step_limit = STEP_LIMITS[config.suite] if config.step_limit is None else config.step_limit
         self._world = World(self.task, config.gl)
-        model = self._world.model
-        names = [model.camera(number).name for number in range(model.ncam)]
-        unknown = [name for name in config.cameras if name not in names]
-        if unknown:
+        try:
+            self._camera_ids = {name: self._world.camera(name) for name in config.cameras}
+            self._renderer = (
+                make_renderer(config.renderer, self._world.model, self._world.data, self._world.gl)
+                if config.cameras
+                else None
+            )
+        except BaseException:
             self._world.close()
-            raise ConfigurationError(f"no camera is called {unknown[0]!r}; choose from: {', '.join(names)}")
-        self._camera_ids = {name: names.index(name) for name in config.cameras}
-        self._renderer = (
-            make_renderer(config.renderer, model, self._world.data, self._world.gl) if config.cameras else None
-        )
+            raise
         self._stepper = STEPPERS[config.stepper](self._world)
         self._observation: dict[str, Any] = {}
         self._render_seconds = 0.0
@@ -168,7 +167,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         """One control step of 1/20 s.
 
         Raises ConfigurationError: wrong shape, NaN, a value outside [-1, 1], or no episode running.
-        Raises EnvironmentFault: the simulation left the finite numbers.
+        Raises EnvironmentFault: the simulation diverged.
         """
         if not self._running:
             raise ConfigurationError("no episode is running: call reset() before step()")
@@ -177,9 +176,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         started = time.perf_counter()
         success = self._stepper.step(command)
         elapsed = time.perf_counter() - started
-        if not np.isfinite(self._world.data.qpos).all():
+        if self._world.diverged():
             self._running = False
-            raise EnvironmentFault(f"the simulation diverged at step {self._steps}: joint positions are not finite")
+            raise EnvironmentFault(f"the simulation diverged in step {self._steps + 1}: MuJoCo threw its state away")
         self._steps += 1
         self._stamp = self._sampled_time - self._start_time
         truncated = not success and self._steps >= self.step_limit
@@ -226,8 +225,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     def state(self) -> np.ndarray:
         """The simulator's state now: (1 + nq + nv,) float64, [time s, qpos, qvel]; the layout of initial states."""
-        data = self._world.data
-        return np.concatenate([[data.time], data.qpos, data.qvel])
+        return self._world.state()
 
     def privileged(self) -> Privileged:
         """The simulator itself, for scripted experts and tests; no policy may see it."""
@@ -238,12 +236,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 
         Pixel centres lie at whole numbers, as in ROS. Raises ConfigurationError: not one of the model's cameras.
         """
-        model = self._world.model
-        names = [model.camera(number).name for number in range(model.ncam)]
-        if camera not in names:
-            raise ConfigurationError(f"no camera is called {camera!r}; choose from: {', '.join(names)}")
+        number = self._world.camera(camera)
         size = self.config.image_size
-        focal = 0.5 * size / math.tan(math.radians(float(model.cam_fovy[names.index(camera)])) / 2)
+        focal = 0.5 * size / math.tan(math.radians(float(self._world.model.cam_fovy[number])) / 2)
         centre = (size - 1) / 2
         return np.array([[focal, 0.0, centre], [0.0, focal, centre], [0.0, 0.0, 1.0]])
 

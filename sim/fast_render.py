@@ -26,6 +26,8 @@ class _StillLayer:
 
     Arrays over the drawn geoms: pose (n, 12) float32 as OpenGL gets it, in the last frame; members; patience: frames
     a geom must rest before it may (re)join, doubled whenever it breaks the layer; rested: frames since it moved.
+    image, depth: (size, size, 3) uint8 and (size, size) float32, larger is nearer.
+    glazed: (size, size) bool, where a transparent member tints what is behind it; None without such a member.
     """
 
     camera_pose: np.ndarray
@@ -35,6 +37,7 @@ class _StillLayer:
     rested: np.ndarray
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
     depth: np.ndarray = field(default_factory=lambda: np.empty(0))
+    glazed: np.ndarray | None = None
 
 
 class FastRenderer(OfficialRenderer):
@@ -43,8 +46,7 @@ class FastRenderer(OfficialRenderer):
     name = "fast"
 
     def __init__(self, model: Any, data: Any, gl: str) -> None:
-        """model, data: mujoco.MjModel and MjData; the model's multisampling is set to none.  gl: "osmesa" or "egl"."""
-        model.vis.quality.offsamples = 0
+        """model, data: mujoco.MjModel and MjData.  gl: "osmesa" or "egl"."""
         super().__init__(model, data, gl)
         flags = self._mujoco.mjtRndFlag
         self._scene.flags[flags.mjRND_REFLECTION] = 0
@@ -67,12 +69,18 @@ class FastRenderer(OfficialRenderer):
         alpha = np.where(
             material >= 0, model.mat_rgba[material, 3] if model.nmat else 1, model.geom_rgba[self._geoms, 3]
         )
-        # Transparent things show what is behind them, so they cannot be drawn apart from it; tendons and skins move.
-        self._layerable = not ((alpha > 0) & (alpha < 1)).any() and model.ntendon == model.nskin == model.nflex == 0
+        self._clear = (alpha > 0) & (alpha < 1)
+        self._layerable = model.ntendon == model.nskin == model.nflex == 0  # these have no pose to compare
         self._layers: dict[tuple[int, int], _StillLayer] = {}
 
     def _make_context(self) -> Any:
-        context = super()._make_context()
+        # MuJoCo reads the number of samples from the model, which may serve an official renderer as well.
+        quality = self.model.vis.quality
+        samples, quality.offsamples = quality.offsamples, 0
+        try:
+            context = super()._make_context()
+        finally:
+            quality.offsamples = samples
         # Depth as the buffer holds it, 0 at infinity: subtracting from 1 would round distant depths together.
         context.readDepthMap = self._mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         return context
@@ -131,14 +139,13 @@ class FastRenderer(OfficialRenderer):
         layer.pose = pose
         layer.rested = np.where(moved, 0, layer.rested + 1)
         broken = moved & layer.members
+        glass = seen & self._clear
         layer.patience[broken] = np.minimum(2 * layer.patience[broken], _MAX_PATIENCE)
         resting = layer.rested >= layer.patience
         joining = resting & seen & ~layer.members
-        if broken.any() or self._faces[joining].sum() >= _WORTH_REDRAWING:
-            layer.members = resting & seen
-            layer.depth = np.empty((size, size), np.float32)
-            layer.image = self._draw_only(camera, size, layer.members, None, layer.depth)
-        if not layer.members.any():
+        if broken.any() or self._faces[joining].sum() >= _WORTH_REDRAWING or (joining & glass).any():
+            self._draw_still(layer, camera, size, resting & seen)
+        if not layer.members.any() or (glass & ~layer.members).any():
             return self._draw_only(camera, size, seen, sites)
         depth = np.empty((size, size), np.float32)
         self._scene.flags[self._mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
@@ -146,4 +153,16 @@ class FastRenderer(OfficialRenderer):
             image = self._draw_only(camera, size, seen & ~layer.members, sites, depth)
         finally:
             self._scene.flags[self._mujoco.mjtRndFlag.mjRND_SKYBOX] = 1
+        if layer.glazed is not None and depth[layer.glazed].any():
+            # Something moves in front of the glass or behind it: only drawing both together tints it right.
+            return self._draw_only(camera, size, seen, sites)
         return np.where((depth > layer.depth)[..., None], image, layer.image)
+
+    def _draw_still(self, layer: _StillLayer, camera: int, size: int, members: np.ndarray) -> None:
+        layer.members, layer.glazed = members, None
+        layer.depth = np.empty((size, size), np.float32)
+        layer.image = self._draw_only(camera, size, members, None, layer.depth)
+        if (members & self._clear).any():
+            bare_depth = np.empty((size, size), np.float32)
+            bare = self._draw_only(camera, size, members & ~self._clear, None, bare_depth)
+            layer.glazed = (bare != layer.image).any(axis=2) | (bare_depth != layer.depth)

@@ -1,4 +1,8 @@
-"""Camera images of a MuJoCo scene, drawn by one OpenGL context a process (a second one under OSMesa draws garbage)."""
+"""Camera images of a MuJoCo scene.
+
+Each renderer makes its own OpenGL context current before it draws, so several may live in one process. robosuite's own
+renderer does not: beside a second context it draws garbage, so compare with it from another process.
+"""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class FastStepper:
         )
 
 
-STEPPERS = {"official": OfficialStepper, "fast": FastStepper}
+STEPPERS: dict[str, type[OfficialStepper] | type[FastStepper]] = {"official": OfficialStepper, "fast": FastStepper}
 
 
 def check_stepper(name: str) -> None:

@@ -104,6 +104,7 @@ class World:
     """
 
     def __init__(self, task: TaskSpec, gl: str | None = None) -> None:
+        self.task = task
         self.gl = select_gl(gl)
         wrapper = _import_libero()
         with contextlib.redirect_stdout(io.StringIO()), _numpy_seed(0):
@@ -129,6 +130,10 @@ class World:
             for name, item in self._objects()
             if hasattr(item, "object_properties")
         }
+        self._mujoco = mujoco
+        self.domain.sim.reset = self._reset_data
+        kinds = mujoco.mjtWarning
+        self._divergences = [int(k) for k in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)]
         self.sampler: Callable[[], None] | None = None
 
         @sensor(modality="sampler")
@@ -176,6 +181,12 @@ class World:
             self.domain._post_process()
             self.domain._update_observables(force=True)
 
+    def _reset_data(self) -> None:
+        # A hard reset runs a forward pass on its new data first, and what that leaves in the solver's warm start shows
+        # in the last bits of the first steps.
+        self._mujoco.mj_resetData(self.model, self.data)
+        self._mujoco.mj_forward(self.model, self.data)
+
     def _restore_model(self) -> None:
         for name, value in self._pristine.items():
             getattr(self.model, name)[...] = value
@@ -186,9 +197,25 @@ class World:
         gripper = self.domain.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)
 
+    def state(self) -> np.ndarray:
+        """(1 + nq + nv,) float64: [time s, qpos, qvel], the layout of initial states."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    def camera(self, name: str) -> int:
+        """MuJoCo's number of a camera. Raises ConfigurationError: the scene has no such camera."""
+        names = [self.model.camera(number).name for number in range(self.model.ncam)]
+        if name not in names:
+            raise ConfigurationError(f"no camera is called {name!r}; choose from: {', '.join(names)}")
+        return names.index(name)
+
     def success(self) -> bool:
         """Whether every goal predicate holds now."""
         return bool(self.domain._check_success())
+
+    def diverged(self) -> bool:
+        """Whether numbers since the last reset became infinite or huge; MuJoCo then starts over without a word."""
+        warnings = self.data.warning
+        return any(warnings[kind].number for kind in self._divergences) or not np.isfinite(self.data.qpos).all()
 
     def privileged(self) -> Privileged:
         """Live, privileged access; see `Privileged`."""
