@@ -82,6 +82,7 @@ class CommandGateNode(Node):
         self.create_service(SetBool, "~/enable", self._on_enable)
         self.create_service(Trigger, "~/estop", self._on_estop_service)
         self.create_service(Trigger, "~/reset", self._on_reset)
+        self.create_service(Trigger, "~/ready", self._on_ready)
         self._diagnostics = Diagnostics(self, self._report)
         steady_timer(self, 1.0 / p.watchdog_rate, self._tick)
 
@@ -113,6 +114,13 @@ class CommandGateNode(Node):
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success, response.message = self.gate.reset(time.monotonic())
         self._announce_state()
+        return response
+
+    def _on_ready(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        """Whether somebody receives what the gate sends: before that, a command would be lost without a word."""
+        lonely = [p.topic_name for p in (self._twists, self._grippers) if p and not p.get_subscription_count()]
+        response.success = not lonely
+        response.message = f"nobody receives {', '.join(lonely)}" if lonely else "connected"
         return response
 
     # ------------------------------------------------------------------ commands

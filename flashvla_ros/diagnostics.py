@@ -67,13 +67,14 @@ class Diagnostics:
 
     def __init__(self, node: Node, report: Callable[[], Report], period: float = 1.0) -> None:
         self._node, self._report = node, report
+        self._name = node.get_fully_qualified_name().lstrip("/")
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
         steady_timer(node, period, self.publish)
 
     def publish(self) -> None:
         level, message, values = self._report()
         stamp = self._node.get_clock().now().to_msg()
-        self._publisher.publish(status_array(stamp, status(self._node.get_name(), level, message, values)))
+        self._publisher.publish(status_array(stamp, status(self._name, level, message, values)))
 
 
 def describe(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
@@ -28,8 +29,8 @@ class Outcome:
 class EpisodeMonitor(Node):
     """Collects the timing of every step by its stamp, until the outcome comes."""
 
-    def __init__(self) -> None:
-        super().__init__("episode_monitor", start_parameter_services=False, enable_rosout=False)
+    def __init__(self, **options: Any) -> None:
+        super().__init__("episode_monitor", start_parameter_services=False, enable_rosout=False, **options)
         self.steps: dict[int, dict[str, float]] = {}
         self.gate_verdicts: dict[int, str] = {}
         self.outcome: Outcome | None = None

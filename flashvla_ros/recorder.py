@@ -90,8 +90,8 @@ class Recorder(Node):
     A write that fails (a full disk) ends the recording, not the node: `error` then says what and where.
     """
 
-    def __init__(self, folder: Path, topics: Mapping[str, type], cameras: Sequence[str] = ()) -> None:
-        super().__init__("recorder", start_parameter_services=False, enable_rosout=False)
+    def __init__(self, folder: Path, topics: Mapping[str, type], cameras: Sequence[str] = (), **options: Any) -> None:
+        super().__init__("recorder", start_parameter_services=False, enable_rosout=False, **options)
         self.error: RecordingError | None = None
         self.counts: dict[str, int] = dict.fromkeys(topics, 0)
         self._folder, self._cameras = folder, tuple(cameras)

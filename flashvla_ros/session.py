@@ -81,8 +81,8 @@ def run_episode(
     overrides: node name -> {parameter: value}. record_to: folder for the bag and the video, None = no recording.
     limit: s; an episode that takes longer is an error. Call within `ros_context`.
     """
-    observers = 1 if record_to else 0
-    overrides = {**overrides, "sim_bridge": {"observers": observers, **overrides.get("sim_bridge", {})}}
+    receivers = 3 if record_to else 2
+    overrides = {**overrides, "sim_bridge": {"receivers": receivers, **overrides.get("sim_bridge", {})}}
     specs = graph("libero", overrides)
     executor = SingleThreadedExecutor()
     recorder = Recorder(record_to, LIBERO_TOPICS, LIBERO_CAMERAS) if record_to else None

@@ -92,9 +92,7 @@ class SimBridgeNode(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/pause", self._on_pause)
-        self._policy_reset: Any = None
-        if p.policy_reset_service:
-            self._policy_reset = self.create_client(Trigger, p.policy_reset_service)
+        self._before_episode = [self.create_client(Trigger, service) for service in p.before_episode]
         self._diagnostics = Diagnostics(self, self._report)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self)
@@ -187,6 +185,8 @@ class SimBridgeNode(Node):
                 if not self._fresh and p.on_silence == "zero":
                     self._action = np.append(NO_MOTION, self._action[6])
             answered = time.perf_counter() - published
+            while self._paused and not stop and not self._reset_wanted:
+                self._executor.spin_once(timeout_sec=0.1)
             action, self._fresh = self._action, False
             observation, _reward, terminated, truncated, info = env.step(action)
             timing = {"answer": answered, **info["timing"]}
@@ -210,39 +210,43 @@ class SimBridgeNode(Node):
     def _announce(self, instruction: str, stop: StopRequested) -> None:
         """The policy hears the instruction and forgets the last episode before it sees the first observation."""
         self._instructions.publish(String(data=instruction))
-        self._instructions.wait_for_all_acked(Duration(seconds=5))
+        self._clock_publisher.publish(Clock(clock=to_stamp(self._now_ns)))
         limit = time.monotonic() + DISCOVERY_LIMIT
-        if self._params.value.mode == "lockstep":
-            while not stop and not self._connected():
+        while self._params.value.mode == "lockstep" and not stop and not self._connected():
+            self._clock_publisher.publish(Clock(clock=to_stamp(self._now_ns)))
+            self._executor.spin_once(timeout_sec=0.05)
+            if time.monotonic() > limit:
+                raise ConfigurationError(
+                    f"after {DISCOVERY_LIMIT} s fewer than {self._params.value.receivers} nodes receive eef_pose and "
+                    "/clock, or none the cameras: is the policy active, the gate running, use_sim_time true in both?"
+                )
+        for client in self._before_episode:
+            reason = "it is not there"
+            while not stop and reason:
+                if client.service_is_ready():
+                    reason = self._ask(client)
                 self._executor.spin_once(timeout_sec=0.05)
                 if time.monotonic() > limit:
                     raise ConfigurationError(
-                        f"nobody receives the cameras or nobody commands after {DISCOVERY_LIMIT} s:"
-                        " is the policy active, and the gate running?"
+                        f"service '{client.srv_name}' did not succeed within {DISCOVERY_LIMIT} s: {reason}; start its "
+                        "node, or take it out of parameter 'before_episode'"
                     )
-        if self._policy_reset is None or stop:
-            return
-        while not self._policy_reset.service_is_ready():
-            self._executor.spin_once(timeout_sec=0.05)
-            if stop or time.monotonic() > limit:
-                raise ConfigurationError(
-                    f"service '{self._policy_reset.srv_name}' does not answer: start the policy, or "
-                    "set parameter 'policy_reset_service' to '' if it has none"
-                )
-        future = self._policy_reset.call_async(Trigger.Request())
+
+    def _ask(self, client: Any) -> str:
+        """Calls a Trigger service. Returns why it did not succeed, empty when it did."""
+        future = client.call_async(Trigger.Request())
         self._executor.spin_until_future_complete(future, timeout_sec=DISCOVERY_LIMIT)
-        answer = future.result() if future.done() else None
-        if answer is None or not answer.success:
-            reason = answer.message if answer else f"no answer within {DISCOVERY_LIMIT} s"
-            raise RuntimeError(f"the policy cannot be reset: {reason}")
+        if not future.done():
+            client.remove_pending_request(future)
+            return "it does not answer"
+        answer = future.result()
+        return "" if answer.success else answer.message or "it did not say why"
 
     def _connected(self) -> bool:
-        p = self._params.value
-        return (
-            all(images.get_subscription_count() > p.observers for images, _ in self._cameras.values())
-            and self._poses.get_subscription_count() > 0
-            and self.count_publishers(p.twist_topic) > 0
-            and self.count_publishers(p.gripper_topic) > 0
+        """Everybody receives: what is published from now on is delivered."""
+        receivers = self._params.value.receivers
+        return all(p.get_subscription_count() >= receivers for p in (self._poses, self._clock_publisher)) and all(
+            images.get_subscription_count() >= receivers - 1 for images, _ in self._cameras.values()
         )
 
     def _await_command(self, limit: float, stop: StopRequested) -> bool:
@@ -251,20 +255,20 @@ class SimBridgeNode(Node):
             if self._answered_ns == self._now_ns:
                 return True
             left = end - time.monotonic()
-            if left <= 0 and not self._paused:
+            if left <= 0:
                 return False
             self._executor.spin_once(timeout_sec=min(max(left, 0.01), 0.1))
         return False
 
     def _wait_until(self, deadline: float, stop: StopRequested) -> float:
-        """Serves callbacks until `deadline` (monotonic, s). Returns it, or now when it was missed or paused."""
+        """Serves callbacks until `deadline` (monotonic, s). Returns it, or now when it was missed."""
         if time.monotonic() > deadline:
             self._overruns += 1
             self._executor.spin_once(timeout_sec=0)
             return time.monotonic()
-        while not stop and not self._reset_wanted and (self._paused or time.monotonic() < deadline):
+        while not stop and not self._reset_wanted and time.monotonic() < deadline:
             self._executor.spin_once(timeout_sec=max(0.001, min(0.1, deadline - time.monotonic())))
-        return max(deadline, time.monotonic() - self._period_ns * 1e-9)
+        return deadline
 
     # ------------------------------------------------------------------ messages out
 
@@ -307,8 +311,11 @@ class SimBridgeNode(Node):
         self._outcome = outcome
         self._outcomes.publish(status_array(to_stamp(self._now_ns), status(self.get_name(), level, outcome, values)))
         self._diagnostics.publish()
-        log = self.get_logger().error if outcome == "error" else self.get_logger().info
-        log(f"{outcome} after {values.get('steps', 0)} steps {error}".rstrip())
+        line = f"{outcome} after {values.get('steps', 0)} steps {error}".rstrip()
+        if outcome == "error":
+            self.get_logger().error(line)
+        else:
+            self.get_logger().info(line)
 
     def _report(self) -> Report:
         values = {

@@ -8,6 +8,7 @@ from flashvla_ros.errors import ConfigurationError
 from flashvla_ros.fields import param, require, require_positive
 from sim.env import EnvConfig
 from sim.errors import ConfigurationError as SimConfigurationError
+from sim.tasks import find_task, load_init_states
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class BridgeParameters:
     )
     on_silence: str = param("zero", "realtime without a new command: hold the last one, or zero (stand still)")
     lockstep_timeout: float = param(10.0, "s; without the answering command for this long the episode is an error")
-    policy_reset_service: str = param(
-        "policy/reset",
-        "called before every episode (std_srvs/Trigger), so that the "
-        "policy has forgotten the last one; empty = not called",
+    before_episode: tuple[str, ...] = param(
+        ("command_gate/ready", "policy/reset"),
+        "services (std_srvs/Trigger) that must succeed, in this order, before the first observation of an episode: the "
+        "gate is connected, the policy is, and has forgotten the last episode",
     )
-    observers: int = param(
-        0, "lockstep: receivers of the images, beyond the policy, that the first observation waits for (a recorder)"
+    receivers: int = param(
+        2,
+        "lockstep: nodes that the first observation waits for: the policy, the gate, and whoever else must miss nothing",
     )
     autostart: bool = param(True, "start an episode at once; false = wait for ~/reset")
     twist_topic: str = param("command", "gated twist (geometry_msgs/TwistStamped)")
@@ -59,14 +61,16 @@ class BridgeParameters:
         require(self.mode in ("lockstep", "realtime"), "mode", self.mode, "lockstep or realtime")
         require(self.on_silence in ("hold", "zero"), "on_silence", self.on_silence, "hold or zero")
         require(self.step_limit >= 0, "step_limit", self.step_limit, "0 (the suite's) or more")
-        require(self.observers >= 0, "observers", self.observers, "0 or more")
+        require(self.receivers >= 2, "receivers", self.receivers, "2 (policy and gate) or more")
         for entry in self.cameras:
             require(all(entry.partition("=")), "cameras", entry, "of the form CAMERA=TOPIC_PREFIX")
         try:
-            self.env_config()
-            self.initial_state()
+            config, state = self.env_config(), self.initial_state()
+            count = len(load_init_states(find_task(config.suite, config.task)))
         except SimConfigurationError as error:
             raise ConfigurationError(str(error)) from error
+        known = state == "sampled" or int(state) < count
+        require(known, "init_state", self.init_state, f"0 to {count - 1}, or sampled: {self.suite} has no other")
 
     def env_config(self) -> EnvConfig:
         return EnvConfig(

@@ -34,6 +34,10 @@ class Probe:
         self._executor.add_node(self.node)
         self.heard: dict[str, list[Any]] = {}
 
+    def add(self, node: Node) -> None:
+        """Serves another node of this process too."""
+        self._executor.add_node(node)
+
     def listen(self, kind: type, topic: str, qos: Any = 100) -> list[Any]:
         """Everything published on `topic` from now on, in the list that is returned."""
         messages = self.heard.setdefault(topic, [])

@@ -40,7 +40,9 @@ LIMIT = 20.0  # s
 EVERY_FRAME = "reliable transient_local depth=100"  # a subscriber that comes late gets all frames all the same
 
 CALIBRATION = {
-    "image_width": 64, "image_height": 48, "camera_name": "wrist",
+    "image_width": 64,
+    "image_height": 48,
+    "camera_name": "wrist",
     "camera_matrix": {"rows": 3, "cols": 3, "data": [60.0, 0, 31.5, 0, 61.0, 23.5, 0, 0, 1]},
     "distortion_model": "plumb_bob",
     "distortion_coefficients": {"rows": 1, "cols": 5, "data": [0.1, -0.2, 0.003, 0.004, 0.05]},
@@ -76,9 +78,21 @@ class Camera:
         arguments = [f"{name}:={value}" for name, value in parameters.items()]
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flashvla_ros.camera_node", "--ros-args", "-r", f"__ns:={self._namespace}",
-                 "-r", f"__node:={self._namespace[1:]}", *itertools.chain(*(("-p", a) for a in arguments))],
-                env=os.environ | ENVIRONMENT, stderr=stderr, stdout=stderr)
+                [
+                    sys.executable,
+                    "-m",
+                    "flashvla_ros.camera_node",
+                    "--ros-args",
+                    "-r",
+                    f"__ns:={self._namespace}",
+                    "-r",
+                    f"__node:={self._namespace[1:]}",
+                    *itertools.chain(*(("-p", a) for a in arguments)),
+                ],
+                env=os.environ | ENVIRONMENT,
+                stderr=stderr,
+                stdout=stderr,
+            )
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         self.diagnostics += [s for s in message.status if s.name == self._namespace[1:]]
@@ -86,8 +100,9 @@ class Camera:
     def listen(self, kind: type, topic: str, qos: str = EVERY_FRAME) -> list:
         """The messages of one topic, as they come."""
         messages: list = []
-        self._subscriptions.append(self._node.create_subscription(
-            kind, f"{self._namespace}/{topic}", messages.append, parse_qos(qos)))
+        self._subscriptions.append(
+            self._node.create_subscription(kind, f"{self._namespace}/{topic}", messages.append, parse_qos(qos))
+        )
         return messages
 
     def spin_until(self, condition: Callable[[], bool]) -> None:
@@ -219,8 +234,14 @@ def test_a_folder_arrives_whole_in_order_with_exact_pixels_and_its_calibration(
 ) -> None:
     images = write_images(tmp_path / "images", 30)
     begin = time.time_ns()
-    camera = start(tmp_path / "images", rate=100.0, loop=False, image_qos=EVERY_FRAME, frame_id="wrist",
-                   calibration=write_calibration(tmp_path / "camera.yaml"))
+    camera = start(
+        tmp_path / "images",
+        rate=100.0,
+        loop=False,
+        image_qos=EVERY_FRAME,
+        frame_id="wrist",
+        calibration=write_calibration(tmp_path / "camera.yaml"),
+    )
     received, infos = camera.listen(Image, "image_raw"), camera.listen(CameraInfo, "camera_info")
     camera.spin_until(lambda: len(received) >= 30 and len(infos) >= 30)
     for message, image in zip(received, images, strict=True):
@@ -232,8 +253,12 @@ def test_a_folder_arrives_whole_in_order_with_exact_pixels_and_its_calibration(
     assert {m.header.frame_id for m in received + infos} == {"wrist"}
     info = infos[0]
     assert (info.width, info.height, info.distortion_model) == (64, 48, "plumb_bob")
-    for entry, name in ((info.k, "camera_matrix"), (info.d, "distortion_coefficients"),
-                        (info.r, "rectification_matrix"), (info.p, "projection_matrix")):
+    for entry, name in (
+        (info.k, "camera_matrix"),
+        (info.d, "distortion_coefficients"),
+        (info.r, "rectification_matrix"),
+        (info.p, "projection_matrix"),
+    ):
         assert list(entry) == CALIBRATION[name]["data"]
     ended = camera.wait_for_status(WARN, "ended")
     assert values_of(ended)["published"] == "30"
@@ -337,7 +362,7 @@ def test_a_stream_that_falls_silent_is_reopened_after_the_read_timeout(
 
 
 def test_a_device_that_is_not_there_is_an_error_in_diagnostics_and_sigterm_still_ends_orderly(
-    start: Callable[..., Camera]
+    start: Callable[..., Camera],
 ) -> None:
     camera = start("/dev/video97", diagnostics_period=0.1)
     assert "'/dev/video97' is not there" in camera.wait_for_status(ERROR).message
@@ -391,17 +416,20 @@ def test_a_calibration_of_another_size_than_the_files_ends_with_status_2(
     assert "is for 640 x 480 pixels, but images are published with 64 x 48" in camera.said()
 
 
-@pytest.mark.parametrize(("changes", "entry"), [
-    ({"image_width": 0}, "image_width"),
-    ({"image_height": "48"}, "image_height"),
-    ({"distortion_model": "fisheye"}, "distortion_model"),
-    ({"camera_matrix": None}, "camera_matrix"),
-    ({"camera_matrix": {"rows": 3, "cols": 3, "data": [0.0] * 9}}, "camera_matrix"),
-    ({"camera_matrix": {"rows": 3, "cols": 3, "data": [1.0] * 8}}, "camera_matrix"),
-    ({"distortion_coefficients": {"rows": 1, "cols": 3, "data": [0.0] * 3}}, "distortion_coefficients"),
-    ({"rectification_matrix": {"rows": 3, "cols": 3, "data": [float("nan")] * 9}}, "rectification_matrix"),
-    ({"projection_matrix": {"rows": 3, "cols": 3, "data": [1.0] * 9}}, "projection_matrix"),
-])
+@pytest.mark.parametrize(
+    ("changes", "entry"),
+    [
+        ({"image_width": 0}, "image_width"),
+        ({"image_height": "48"}, "image_height"),
+        ({"distortion_model": "fisheye"}, "distortion_model"),
+        ({"camera_matrix": None}, "camera_matrix"),
+        ({"camera_matrix": {"rows": 3, "cols": 3, "data": [0.0] * 9}}, "camera_matrix"),
+        ({"camera_matrix": {"rows": 3, "cols": 3, "data": [1.0] * 8}}, "camera_matrix"),
+        ({"distortion_coefficients": {"rows": 1, "cols": 3, "data": [0.0] * 3}}, "distortion_coefficients"),
+        ({"rectification_matrix": {"rows": 3, "cols": 3, "data": [float("nan")] * 9}}, "rectification_matrix"),
+        ({"projection_matrix": {"rows": 3, "cols": 3, "data": [1.0] * 9}}, "projection_matrix"),
+    ],
+)
 def test_a_wrong_calibration_is_refused_by_file_and_entry(
     tmp_path: Path, changes: dict[str, object], entry: str
 ) -> None:
@@ -419,11 +447,14 @@ def test_a_calibration_that_is_missing_or_no_ros_yaml_is_refused(tmp_path: Path,
         read_calibration(str(path))
 
 
-@pytest.mark.parametrize(("values", "word"), [
-    ({"jpeg_quality": 0}, "jpeg_quality"),
-    ({"min_rate_ratio": 1.5}, "min_rate_ratio"),
-    ({"rate": 0.1}, "rate_window"),
-])
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"jpeg_quality": 0}, "jpeg_quality"),
+        ({"min_rate_ratio": 1.5}, "min_rate_ratio"),
+        ({"rate": 0.1}, "rate_window"),
+    ],
+)
 def test_a_wrong_parameter_is_refused_by_name(values: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigurationError, match=word):
         CameraParameters(**values)

@@ -105,8 +105,13 @@ def start() -> Iterator[Start]:
     def make(source: str | Path | Source, clock: Callable[[], int] = time.time_ns, **values: object) -> Capture:
         name = "scripted" if isinstance(source, Source) else str(source)
         params = CaptureParameters(source=name, **values)
-        capture = Capture(source if isinstance(source, Source) else make_source(params), params, clock,
-                          lambda: None, logging.getLogger("camera"))
+        capture = Capture(
+            source if isinstance(source, Source) else make_source(params),
+            params,
+            clock,
+            lambda: None,
+            logging.getLogger("camera"),
+        )
         running.append(capture)
         if isinstance(source, ScriptedCamera):
             cameras.append(source)
@@ -206,7 +211,8 @@ def test_a_corrupt_image_is_reported_by_name_and_skipped(
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     whole = cv2.imencode(Path(damage).suffix, noise)[1].tobytes()
     (tmp_path / f"frame_0_{damage}").write_bytes(
-        {"cut": whole[: len(whole) * 2 // 3], "empty": b"", "text": b"no image at all"}[damage.split(".")[0]])
+        {"cut": whole[: len(whole) * 2 // 3], "empty": b"", "text": b"no image at all"}[damage.split(".")[0]]
+    )
     capture = start(tmp_path, rate=500.0, loop=False)
     assert [index_of(f.image) for f in play(capture)] == [0, 1]
     assert capture.counts["corrupt"] == 1
@@ -342,15 +348,18 @@ def test_a_delay_is_not_followed_by_a_burst() -> None:
 # ---------------------------------------------------------------------- configuration
 
 
-@pytest.mark.parametrize(("values", "word"), [
-    ({"source": " "}, "source"),
-    ({"rate": -1.0}, "rate"),
-    ({"rate": float("nan")}, "rate"),
-    ({"width": 640}, "height"),
-    ({"fourcc": "MJPEG"}, "fourcc"),
-    ({"read_timeout": 0.0}, "read_timeout"),
-    ({"reconnect_delay": 20.0}, "reconnect_max_delay"),
-])
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"source": " "}, "source"),
+        ({"rate": -1.0}, "rate"),
+        ({"rate": float("nan")}, "rate"),
+        ({"width": 640}, "height"),
+        ({"fourcc": "MJPEG"}, "fourcc"),
+        ({"read_timeout": 0.0}, "read_timeout"),
+        ({"reconnect_delay": 20.0}, "reconnect_max_delay"),
+    ],
+)
 def test_a_wrong_parameter_is_refused_by_name(values: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigurationError, match=word):
         CaptureParameters(**values)

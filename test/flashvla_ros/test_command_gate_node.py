@@ -18,8 +18,13 @@ from std_srvs.srv import SetBool, Trigger
 from flashvla_ros.diagnostics import values_of
 from flashvla_ros.messages import gripper_message, read_twist, stamp_ns, twist_message
 
-FAST = {"stop_duration": 0.05, "cooldown": 0.2, "command_timeout": 0.4, "observation_timeout": 0.0,
-        "start_enabled": True}
+FAST = {
+    "stop_duration": 0.05,
+    "cooldown": 0.2,
+    "command_timeout": 0.4,
+    "observation_timeout": 0.0,
+    "start_enabled": True,
+}
 
 
 class Robot:
@@ -193,8 +198,13 @@ def test_limits_change_at_run_time_and_wrong_ones_are_refused(ros, nodes):
 
 @pytest.mark.parametrize(
     ("parameter", "value", "said"),
-    [("max_translation", -0.1, "max_translation"), ("watchdog_rate", 1.0, "watchdog_rate"),
-     ("max_tranlation", 0.1, "max_tranlation"), ("command_qos", "relaible", "relaible"), ("period", "fast", "period")],
+    [
+        ("max_translation", -0.1, "max_translation"),
+        ("watchdog_rate", 1.0, "watchdog_rate"),
+        ("max_tranlation", 0.1, "max_tranlation"),
+        ("command_qos", "relaible", "relaible"),
+        ("period", "fast", "period"),
+    ],
 )
 def test_wrong_parameter_ends_the_node_with_status_2_naming_it(nodes, parameter, value, said):
     group = nodes.start("robot", only=("command_gate",), command_gate={parameter: value})

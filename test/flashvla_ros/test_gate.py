@@ -13,8 +13,16 @@ from flashvla_ros.errors import ConfigurationError
 from flashvla_ros.gate import Command, CommandGate, GateLimits, State, Verdict
 
 LIMITS = GateLimits(
-    period=0.05, max_translation=0.02, max_rotation=0.1, max_linear_speed=0.4, max_angular_speed=2.0,
-    command_timeout=0.25, observation_timeout=0.25, max_observation_age=0.5, stop_duration=0.1, cooldown=2.0,
+    period=0.05,
+    max_translation=0.02,
+    max_rotation=0.1,
+    max_linear_speed=0.4,
+    max_angular_speed=2.0,
+    command_timeout=0.25,
+    observation_timeout=0.25,
+    max_observation_age=0.5,
+    stop_duration=0.1,
+    cooldown=2.0,
 )
 SECOND = 1_000_000_000
 START = 100 * SECOND
@@ -262,8 +270,14 @@ def test_counts_tell_every_verdict_and_reason():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("period", 0.0), ("max_translation", -1.0), ("gross_factor", 0.5), ("command_timeout", float("nan")),
-     ("observation_timeout", -0.1), ("cooldown", float("inf"))],
+    [
+        ("period", 0.0),
+        ("max_translation", -1.0),
+        ("gross_factor", 0.5),
+        ("command_timeout", float("nan")),
+        ("observation_timeout", -0.1),
+        ("cooldown", float("inf")),
+    ],
 )
 def test_wrong_limit_is_refused_by_name(name, value):
     with pytest.raises(ConfigurationError, match=name):

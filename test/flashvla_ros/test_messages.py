@@ -52,8 +52,12 @@ def test_image_round_trip_is_exact():
 
 @pytest.mark.parametrize(
     ("encoding", "pixels"),
-    [("rgb8", PIXELS), ("bgr8", PIXELS[..., ::-1]), ("rgba8", np.dstack([PIXELS, PIXELS[..., :1]])),
-     ("bgra8", np.dstack([PIXELS[..., ::-1], PIXELS[..., :1]]))],
+    [
+        ("rgb8", PIXELS),
+        ("bgr8", PIXELS[..., ::-1]),
+        ("rgba8", np.dstack([PIXELS, PIXELS[..., :1]])),
+        ("bgra8", np.dstack([PIXELS[..., ::-1], PIXELS[..., :1]])),
+    ],
 )
 @pytest.mark.parametrize("padding", [0, 1, 13])
 def test_colour_encodings_and_padded_steps_read_as_rgb(encoding, pixels, padding):
@@ -92,8 +96,13 @@ def test_impossible_size_is_refused(height, width):
         read_image(message)
 
 
-@given(st.binary(max_size=400), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1),
-       st.sampled_from(["rgb8", "mono8", "bgra8", "", "32FC1"]))
+@given(
+    st.binary(max_size=400),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["rgb8", "mono8", "bgra8", "", "32FC1"]),
+)
 def test_any_image_message_is_read_or_refused(data, height, width, step, encoding):
     message = Image(height=height, width=width, step=step, encoding=encoding)
     message.data = array.array("B", data)

@@ -67,7 +67,9 @@ def test_misspelt_parameter_is_named_with_the_known_ones(make):
         make(raet=5.0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("rate", "fast"), ("count", 2.5), ("on", 1), ("topics", "x"), ("count", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("rate", "fast"), ("count", 2.5), ("on", 1), ("topics", "x"), ("count", True)]
+)
 def test_wrong_type_is_named(make, name, value):
     with pytest.raises(ConfigurationError, match=f"'{name}'"):
         make(**{name: value})

@@ -63,8 +63,13 @@ class Camera:
 
     def __init__(self, ros, nodes, policy="mean", options=None, **parameters) -> None:
         self.ros = ros
-        parameters = {"cameras": ["front=image_raw"], "policy": policy, "policy_options": json.dumps(options or {}),
-                      "image_qos": "reliable depth=10", **parameters}
+        parameters = {
+            "cameras": ["front=image_raw"],
+            "policy": policy,
+            "policy_options": json.dumps(options or {}),
+            "image_qos": "reliable depth=10",
+            **parameters,
+        }
         self.group = nodes.start("robot", only=("policy",), policy=parameters)
         self.twists = ros.listen(TwistStamped, "/policy/command")
         self.grippers = ros.listen(JointState, "/policy/gripper_command")
@@ -233,13 +238,15 @@ def test_only_the_newest_of_many_images_is_answered_last(ros, nodes, third_party
 
 @pytest.mark.parametrize(
     ("parameters", "said"),
-    [({"policy": "nope"}, "no policy is called 'nope'; installed: hold, mean, other_frame, replay, wrong"),
-     ({"policy": "mean", "policy_options": '{"colour": 1}'}, "colour"),
-     ({"policy": "mean", "policy_options": "{"}, "policy_options"),
-     ({"policy": "other_frame"}, "frame 'tool0'"),
-     ({"policy": "replay", "policy_options": '{"episode": "/nowhere.safetensors"}'}, "/nowhere.safetensors"),
-     ({"cameras": ["front"]}, "NAME=TOPIC"),
-     ({"image_transport": "smoke"}, "image_transport")],
+    [
+        ({"policy": "nope"}, "no policy is called 'nope'; installed: hold, mean, other_frame, replay, wrong"),
+        ({"policy": "mean", "policy_options": '{"colour": 1}'}, "colour"),
+        ({"policy": "mean", "policy_options": "{"}, "policy_options"),
+        ({"policy": "other_frame"}, "frame 'tool0'"),
+        ({"policy": "replay", "policy_options": '{"episode": "/nowhere.safetensors"}'}, "/nowhere.safetensors"),
+        ({"cameras": ["front"]}, "NAME=TOPIC"),
+        ({"image_transport": "smoke"}, "image_transport"),
+    ],
 )
 def test_wrong_configuration_ends_the_node_with_status_2_naming_it(nodes, third_party, parameters, said):
     group = nodes.start("robot", only=("policy",), policy=parameters)
