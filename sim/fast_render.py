@@ -27,7 +27,8 @@ class _StillLayer:
     Arrays over the drawn geoms: pose (n, 12) float32 as OpenGL gets it, in the last frame; members; patience: frames
     a geom must rest before it may (re)join, doubled whenever it breaks the layer; rested: frames since it moved.
     image, depth: (size, size, 3) uint8 and (size, size) float32, larger is nearer.
-    glazed: (size, size) bool, where a transparent member tints what is behind it; None without such a member.
+    glazed: (size, size) bool, where a transparent member shows; None without such a member.
+    bare_depth, glass_depth: (size, size) float32, the depths of the other members and of the transparent ones.
     """
 
     camera_pose: np.ndarray
@@ -38,6 +39,14 @@ class _StillLayer:
     image: np.ndarray = field(default_factory=lambda: np.empty(0))
     depth: np.ndarray = field(default_factory=lambda: np.empty(0))
     glazed: np.ndarray | None = None
+    bare_depth: np.ndarray = field(default_factory=lambda: np.empty(0))
+    glass_depth: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def tints(self, depth: np.ndarray) -> bool:
+        """Whether anything at `depth` (size, size) stands between a transparent member and what is behind it."""
+        if self.glazed is None:
+            return False
+        return bool((self.glazed & (depth > self.bare_depth) & (depth <= self.glass_depth)).any())
 
 
 class FastRenderer(OfficialRenderer):
@@ -153,8 +162,7 @@ class FastRenderer(OfficialRenderer):
             image = self._draw_only(camera, size, seen & ~layer.members, sites, depth)
         finally:
             self._scene.flags[self._mujoco.mjtRndFlag.mjRND_SKYBOX] = 1
-        if layer.glazed is not None and depth[layer.glazed].any():
-            # Something moves in front of the glass or behind it: only drawing both together tints it right.
+        if layer.tints(depth):  # only drawing both together tints it right
             return self._draw_only(camera, size, seen, sites)
         return np.where((depth > layer.depth)[..., None], image, layer.image)
 
@@ -163,6 +171,18 @@ class FastRenderer(OfficialRenderer):
         layer.depth = np.empty((size, size), np.float32)
         layer.image = self._draw_only(camera, size, members, None, layer.depth)
         if (members & self._clear).any():
-            bare_depth = np.empty((size, size), np.float32)
-            bare = self._draw_only(camera, size, members & ~self._clear, None, bare_depth)
-            layer.glazed = (bare != layer.image).any(axis=2) | (bare_depth != layer.depth)
+            layer.bare_depth = np.empty((size, size), np.float32)
+            bare = self._draw_only(camera, size, members & ~self._clear, None, layer.bare_depth)
+            layer.glazed = (bare != layer.image).any(axis=2) | (layer.bare_depth != layer.depth)
+            layer.glass_depth = self._glass_depth(camera, size, members & self._clear)
+
+    def _glass_depth(self, camera: int, size: int, glass: np.ndarray) -> np.ndarray:
+        """Depth of transparent geoms, which OpenGL leaves out of the depth buffer unless they are made opaque."""
+        model, depth = self.model, np.empty((size, size), np.float32)
+        materials, geoms = model.mat_rgba.copy(), model.geom_rgba.copy()
+        model.mat_rgba[:, 3] = model.geom_rgba[:, 3] = 1
+        try:
+            self._draw_only(camera, size, glass, None, depth)
+        finally:
+            model.mat_rgba[:], model.geom_rgba[:] = materials, geoms
+        return depth
