@@ -7,25 +7,22 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from flashvla_ros.capture import Capture, CaptureParameters, Frame, State, first_image, make_source
-from flashvla_ros.diagnostics import ERROR, OK, WARN, Diagnostics, Window
+from flashvla_ros.calibration import read_calibration
+from flashvla_ros.capture import Capture, Frame, State
+from flashvla_ros.diagnostics import ERROR, OK, WARN, Diagnostics, Report, Window
 from flashvla_ros.errors import ConfigurationError
 from flashvla_ros.fields import param, require, require_positive
 from flashvla_ros.messages import compressed_message, image_message, to_stamp
 from flashvla_ros.parameters import NodeParameters
 from flashvla_ros.qos import parse_qos
 from flashvla_ros.runner import run_node
-
-# Lengths of D that image_geometry and image_proc accept for each model.
-DISTORTION_LENGTHS = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,)}
+from flashvla_ros.sources import CaptureParameters, first_image, make_source
 
 
 @dataclass(frozen=True)
@@ -85,55 +82,6 @@ class RateMeter:
     def _forget(self, now: float) -> None:
         while self._times and self._times[0] < now - self._window:
             self._times.popleft()
-
-
-def read_calibration(path: str) -> CameraInfo:
-    """A camera_info without header from a YAML file of ROS camera_calibration.
-
-    Raises ConfigurationError naming the file and the entry that is missing, has the wrong size or is not finite.
-    """
-    try:
-        entries = yaml.safe_load(Path(path.removeprefix("file://")).expanduser().read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"parameter 'calibration': '{path}' cannot be read as YAML: {error}") from error
-
-    def check(condition: bool, entry: str, rule: str) -> None:
-        if not condition:
-            raise ConfigurationError(f"calibration '{path}': {entry} must be {rule}")
-
-    def matrix(name: str, *shapes: tuple[int, int]) -> list[float]:
-        value = entries.get(name)
-        rule = f"a map of rows, cols and data, {' or '.join(f'{r} x {c}' for r, c in shapes)}, all finite numbers"
-        check(isinstance(value, dict), name, rule)
-        data = value.get("data")
-        check(
-            (value.get("rows"), value.get("cols")) in shapes
-            and isinstance(data, list)
-            and len(data) == value["rows"] * value["cols"],
-            name,
-            rule,
-        )
-        check(all(isinstance(x, (int, float)) and math.isfinite(x) for x in data), name, rule)
-        return [float(x) for x in data]
-
-    check(isinstance(entries, dict), "the file", "a map with camera_matrix and the other entries of camera_calibration")
-    sizes = entries.get("image_width"), entries.get("image_height")
-    for name, size in zip(("image_width", "image_height"), sizes, strict=True):
-        check(isinstance(size, int) and size > 0, name, f"a number of pixels above 0, not {size!r}")
-    model = entries.get("distortion_model")
-    check(model in DISTORTION_LENGTHS, "distortion_model", f"one of {', '.join(DISTORTION_LENGTHS)}, not {model!r}")
-    lengths = DISTORTION_LENGTHS[model]
-    info = CameraInfo(
-        width=sizes[0],
-        height=sizes[1],
-        distortion_model=model,
-        d=matrix("distortion_coefficients", *((1, n) for n in lengths), *((n, 1) for n in lengths)),
-        k=matrix("camera_matrix", (3, 3)),
-        r=matrix("rectification_matrix", (3, 3)),
-        p=matrix("projection_matrix", (3, 4)),
-    )
-    check(info.k[0] > 0 and info.k[4] > 0, "camera_matrix", "of focal lengths above 0 (a K[0] of 0 means uncalibrated)")
-    return info
 
 
 class CameraNode(Node):
@@ -209,7 +157,7 @@ class CameraNode(Node):
         info.header.stamp, info.header.frame_id = stamp, self._params.value.frame_id
         return info
 
-    def _report(self) -> tuple[bytes, str, dict[str, object]]:
+    def _report(self) -> Report:
         capture, p = self._capture, self._params.value
         measured, wanted = self._rate.rate(time.monotonic()), capture.wanted_rate
         values: dict[str, object] = {

@@ -216,7 +216,7 @@ class PolicyNode(LifecycleNode):
             self._inference.reset(message.data)
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        """Starts an episode: when this succeeds, the policy has forgotten the last one, and its commands are received."""
+        """Starts an episode: on success, the policy has forgotten the last one and its commands are received."""
         lonely = [p.topic_name for p in (self._twists, self._grippers) if not p.get_subscription_count()]
         if self._inference is None or not self._inference.active:
             response.success, response.message = False, "not active"

@@ -92,7 +92,7 @@ class SimBridgeNode(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/pause", self._on_pause)
-        self._before_episode = [self.create_client(Trigger, service) for service in p.before_episode]
+        self._before_episode: list[Any] = [self.create_client(Trigger, service) for service in p.before_episode]
         self._diagnostics = Diagnostics(self, self._report)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self)

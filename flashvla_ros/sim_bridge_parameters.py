@@ -43,7 +43,7 @@ class BridgeParameters:
     )
     receivers: int = param(
         2,
-        "lockstep: nodes that the first observation waits for: the policy, the gate, and whoever else must miss nothing",
+        "lockstep: nodes that the first observation waits for: policy, gate, and whoever else must miss nothing",
     )
     autostart: bool = param(True, "start an episode at once; false = wait for ~/reset")
     twist_topic: str = param("command", "gated twist (geometry_msgs/TwistStamped)")

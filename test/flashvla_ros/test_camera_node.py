@@ -29,7 +29,8 @@ from rclpy.parameter_client import AsyncParameterClient
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from flashvla_ros.camera_node import CameraParameters, RateMeter, read_calibration
+from flashvla_ros.calibration import read_calibration
+from flashvla_ros.camera_node import CameraParameters, RateMeter
 from flashvla_ros.diagnostics import ERROR, OK, WARN, values_of
 from flashvla_ros.errors import ConfigurationError
 from flashvla_ros.messages import read_compressed, read_image, stamp_ns
@@ -95,7 +96,8 @@ class Camera:
             )
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        self.diagnostics += [s for s in message.status if s.name == self._namespace[1:]]
+        name = f"{self._namespace}{self._namespace}"[1:]
+        self.diagnostics += [s for s in message.status if s.name == name]
 
     def listen(self, kind: type, topic: str, qos: str = EVERY_FRAME) -> list:
         """The messages of one topic, as they come."""

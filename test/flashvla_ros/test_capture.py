@@ -14,21 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashvla_ros.capture import (
-    Capture,
+from flashvla_ros.capture import Capture, Frame, Pace, State
+from flashvla_ros.errors import ConfigurationError
+from flashvla_ros.sources import (
     CaptureParameters,
     CorruptImage,
     FolderSource,
-    Frame,
-    Pace,
     Source,
     SourceEnded,
     SourceLost,
-    State,
     first_image,
     make_source,
 )
-from flashvla_ros.errors import ConfigurationError
 
 LIMIT = 10.0  # s
 

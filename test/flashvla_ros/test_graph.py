@@ -75,9 +75,10 @@ def test_transport_profile_is_valid_and_chosen_unless_the_user_chose_one():
 
 def test_launch_files_describe_the_same_nodes():
     pytest.importorskip("launch.actions", reason="ROS's launch package is not installed")
-    from launch import LaunchContext
     from launch.actions import OpaqueFunction
     from launch_ros.actions import Node
+
+    from launch import LaunchContext
 
     for name, specs in GRAPHS.items():
         path = share_directory() / "launch" / f"{name}.launch.py"

@@ -52,9 +52,8 @@ def third_party(tmp_path, monkeypatch):
     info = tmp_path / "third_party-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[flashvla.policies]\nmean = third_party:Mean\nwrong = third_party:Wrong\nother_frame = third_party:OtherFrame\n"
-    )
+    policies = "mean = third_party:Mean\nwrong = third_party:Wrong\nother_frame = third_party:OtherFrame\n"
+    (info / "entry_points.txt").write_text("[flashvla.policies]\n" + policies)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
 
@@ -141,8 +140,10 @@ def test_new_instruction_resets_the_policy(ros, nodes, third_party):
 def test_lifecycle_transitions_start_and_stop_commands_and_the_last_one_is_zero(ros, nodes, third_party):
     camera = Camera(ros, nodes, autostart=False)
     assert change_state(ros, Transition.TRANSITION_CONFIGURE)
-    camera.ready()
+    inactive = ros.call(Trigger, "/policy/reset", Trigger.Request())
+    assert (inactive.success, inactive.message) == (False, "not active")
     assert change_state(ros, Transition.TRANSITION_ACTIVATE)
+    camera.ready()
     camera.show()
     camera.answered(1)
     assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
@@ -194,14 +195,13 @@ def test_nan_action_is_the_policys_error_and_is_not_sent(ros, nodes, third_party
 
 def test_unusable_images_are_refused_and_counted_and_the_next_is_answered(ros, nodes, third_party):
     camera = Camera(ros, nodes).ready()
-    for spoil in ({"encoding": "16UC1"}, {"step": 3}, {"height": 400}):
+    camera.reported("waiting for observations")
+    for count, spoil in enumerate(({"encoding": "16UC1"}, {"step": 3}, {"height": 400}), 1):
         message = image_message(np.zeros((4, 4, 3), np.uint8), ros.node.get_clock().now().to_msg(), "front")
         for name, value in spoil.items():
             setattr(message, name, value)
         camera.show(message=message)
-        refused = str(len([1 for line in nodes.lines if "observation dropped" in line]) + 1)
-        ros.wait(lambda refused=refused: any(values_of(m.status[0])["refused"] >= refused for m in camera.diagnostics))
-        camera.diagnostics.clear()
+        ros.wait(lambda count=count: values_of(camera.diagnostics[-1].status[0])["refused"] == str(count))
     stamp = camera.show()
     camera.answered(1)
     assert stamp_ns(camera.twists[0].header.stamp) == stamp
