@@ -182,9 +182,10 @@ class World:
             self.domain._update_observables(force=True)
 
     def _reset_data(self) -> None:
-        # A hard reset runs a forward pass on its new data first, and what that leaves in the solver's warm start shows
-        # in the last bits of the first steps.
+        # A hard reset runs a forward pass on its new data and another for its new renderer, and what they leave in the
+        # solver's warm start shows in the last bits of the first steps.
         self._mujoco.mj_resetData(self.model, self.data)
+        self._mujoco.mj_forward(self.model, self.data)
         self._mujoco.mj_forward(self.model, self.data)
 
     def _restore_model(self) -> None:
