@@ -72,12 +72,13 @@ class CommandGateNode(Node):
         self._twists = self.create_publisher(TwistStamped, p.twist_topic, qos)
         self._grippers = self.create_publisher(JointState, p.gripper_topic, qos) if p.proposed_gripper_topic else None
         self._decisions = self.create_publisher(DiagnosticArray, "~/decision", qos)
-        self.create_subscription(TwistStamped, p.proposed_twist_topic, self._on_twist, qos)
-        if p.proposed_gripper_topic:
-            self.create_subscription(JointState, p.proposed_gripper_topic, self._on_gripper, qos)
+        # First: when both wait, an executor serves an observation before the command that answers it.
         self.create_subscription(
             PoseStamped, p.observation_topic, self._on_observation, parse_qos(p.observation_qos, "observation_qos")
         )
+        self.create_subscription(TwistStamped, p.proposed_twist_topic, self._on_twist, qos)
+        if p.proposed_gripper_topic:
+            self.create_subscription(JointState, p.proposed_gripper_topic, self._on_gripper, qos)
         self.create_subscription(Bool, p.estop_topic, self._on_estop, 10)
         self.create_service(SetBool, "~/enable", self._on_enable)
         self.create_service(Trigger, "~/estop", self._on_estop_service)
@@ -206,7 +207,8 @@ class CommandGateNode(Node):
             **{f"reason {k}": v for k, v in gate.reasons.items()},
             **self._latency.summary("gate"),
         }
-        return level, f"{gate.state.value}: {gate.reason}", values
+        refused = f"; last command refused: {gate.last_refusal}" if gate.last_refusal else ""
+        return level, f"{gate.state.value}: {gate.reason}{refused}", values
 
     def close(self) -> None:
         """The robot gets the safe command last, and it has arrived before the process goes."""

@@ -126,6 +126,7 @@ class CommandGate:
         self.state, self.reason = self._rest()
         self.counts: Counter[str] = Counter({v.value: 0 for v in Verdict})
         self.reasons: Counter[str] = Counter()
+        self.last_refusal = ""  # since commands last passed
         self.estop_pressed = False
         self._last_stamp_ns: int | None = None
         self._last_now_ns: int | None = None
@@ -239,6 +240,7 @@ class CommandGate:
         self.counts[decision.verdict.value] += 1
         if decision.verdict is not Verdict.PASSED:
             self.reasons[decision.reason.split(":")[0]] += 1
+        self.last_refusal = decision.reason if decision.command is None else ""
         return decision
 
     def _limit(self, command: Command, speed: float, turn: float) -> Decision:

@@ -65,7 +65,7 @@ class SimBridgeNode(Node):
         self._action = np.append(NO_MOTION, np.float32(-1))
         self._fresh = False
         self._reset_wanted, self._paused = p.autostart, False
-        self._last_fault = ""
+        self._troubles: dict[str, str] = {}  # node -> what it complains about on /diagnostics
         self._episode: Trace | None = None
         self._outcome = "no episode yet"
         self._physics, self._render, self._answer, self._overruns = Window(), Window(), Window(), 0
@@ -121,8 +121,10 @@ class SimBridgeNode(Node):
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for entry in message.status:
-            if entry.level == ERROR:
-                self._last_fault = f"{entry.name}: {entry.message}"
+            if entry.level == OK or entry.name == self.get_name():
+                self._troubles.pop(entry.name, None)
+            else:
+                self._troubles[entry.name] = entry.message
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self._reset_wanted = True
@@ -156,11 +158,11 @@ class SimBridgeNode(Node):
         p = self._params.value
         env = self._environment(p)
         self._episode = Trace(p.env_config(), env.task, p.initial_state(), p.mode)
-        self._outcome, self._last_fault = "running", ""
+        self._outcome = "running"
         observation, info = env.reset(seed=p.seed, options={"init_state": p.initial_state()})
         self._episode.begin(env.state())
-        self._announce(env.task.language, stop)
         self._now_ns += 1_000_000_000  # no stamp of the last episode is mistaken for one of this
+        self._announce(env.task.language, stop)
         self._pairing, self._answered_ns = Pairing(), 0
         self._action, self._fresh = np.append(NO_MOTION, np.float32(-1)), False
         self.get_logger().info(
@@ -174,10 +176,11 @@ class SimBridgeNode(Node):
             if p.mode == "lockstep":
                 if not self._await_command(p.lockstep_timeout, stop):
                     if not stop and not self._reset_wanted:
+                        troubles = "; ".join(f"{node}: {what}" for node, what in self._troubles.items())
                         self._finish(
                             "error",
-                            f"no command answered the observation of {self._now_ns * 1e-9:.3f} s "
-                            f"within {p.lockstep_timeout} s; {self._last_fault or 'no node reports a fault'}",
+                            f"no command answered the observation of {self._now_ns * 1e-9:.3f} s within "
+                            f"{p.lockstep_timeout} s; {troubles or 'no node reports a fault'}",
                         )
                     return
             else:
@@ -210,16 +213,16 @@ class SimBridgeNode(Node):
     def _announce(self, instruction: str, stop: StopRequested) -> None:
         """The policy hears the instruction and forgets the last episode before it sees the first observation."""
         self._instructions.publish(String(data=instruction))
-        self._clock_publisher.publish(Clock(clock=to_stamp(self._now_ns)))
         limit = time.monotonic() + DISCOVERY_LIMIT
         while self._params.value.mode == "lockstep" and not stop and not self._connected():
-            self._clock_publisher.publish(Clock(clock=to_stamp(self._now_ns)))
             self._executor.spin_once(timeout_sec=0.05)
             if time.monotonic() > limit:
                 raise ConfigurationError(
                     f"after {DISCOVERY_LIMIT} s fewer than {self._params.value.receivers} nodes receive eef_pose and "
                     "/clock, or none the cameras: is the policy active, the gate running, use_sim_time true in both?"
                 )
+        # Before the first command can come, or it would seem to be from the future.
+        self._clock_publisher.publish(Clock(clock=to_stamp(self._now_ns)))
         for client in self._before_episode:
             reason = "it is not there"
             while not stop and reason:
