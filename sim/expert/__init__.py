@@ -26,7 +26,7 @@ def make_expert(env: LiberoEnv) -> PickPlaceExpert:
             raise ConfigurationError(
                 f"{where} puts an object into a drawer or door, {target!r}: the expert cannot open it"
             )
-    return PickPlaceExpert(env, item, target)
+    return PickPlaceExpert(env, item, target, container=predicate == "in")
 
 
 __all__ = ["PickPlaceExpert", "make_expert"]

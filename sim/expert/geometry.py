@@ -53,7 +53,7 @@ def body_points(model: Any, data: Any, root: int) -> np.ndarray:
     Raises ValueError: the body has none.
     """
     points = [
-        _local_points(model, geom) @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom]
+        _local_points(model, int(geom)) @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom]
         for geom in np.flatnonzero(geoms_of(model, root) & (model.geom_group == COLLISION_GROUP))
     ]
     if sum(map(len, points)) == 0:
@@ -66,20 +66,22 @@ def heights(model: Any, data: Any, xy: np.ndarray, seen: np.ndarray, top: float 
 
     seen: (ngeom,) bool, the geoms that count; only their collision geometry does.
     """
-    groups = model.geom_group.copy()
+    groups, colours = model.geom_group.copy(), model.geom_rgba.copy()
     mask = np.zeros(mujoco.mjNGROUP, np.uint8)
     mask[COLLISION_GROUP] = 1
     down, hit = np.array([0.0, 0.0, -1.0]), np.zeros(1, np.int32)
     found = np.full(len(xy), -np.inf)
     try:
-        # A ray passes by whole groups only, so what must not count changes group while the rays are cast.
+        # Rays leave out groups, so what must not count changes its group meanwhile; and they pass through transparent
+        # geoms, which the collision boxes of some objects are.
         model.geom_group[~seen] = _HIDDEN_GROUP
+        model.geom_rgba[:, 3] = 1.0
         for index, (x, y) in enumerate(xy):
             depth = mujoco.mj_ray(model, data, np.array([x, y, top]), down, mask, 1, -1, hit)
             if depth >= 0:
                 found[index] = top - depth
     finally:
-        model.geom_group[:] = groups
+        model.geom_group[:], model.geom_rgba[:] = groups, colours
     return found
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from sim.errors import EnvironmentFault
 from sim.expert.geometry import body_points, heights, rotation_about_z
 
 MAX_OPENING = 0.078  # m between the open pads
 FINGERTIP = 0.011  # m from the grip site down to the fingertips
 FINGER_THICKNESS = 0.016  # m along the closing axis
 FINGER_HALF_WIDTH = 0.010  # m across it
+FINGERS_HALF_LENGTH = MAX_OPENING / 2 + FINGER_THICKNESS
 PALM = 0.045  # m from the grip site up to the palm
 PALM_HALF_LENGTH = 0.10  # m along the closing axis
 PALM_HALF_WIDTH = 0.035  # m across it
@@ -27,6 +27,7 @@ REACH = 0.74  # m from the robot's base: beyond it the elbow locks with the grip
 
 RIM_DEPTH = 0.022  # m below an object's top for the grip site on a wall
 BODY_DEPTH = 0.035  # m below it on a whole object
+WALL = 0.025  # m: up to here a stretch is a wall, and a thinner one is no better
 SPARE = 0.006  # m of opening that must remain
 PROFILE_STEP = 0.002  # m
 
@@ -107,32 +108,33 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> flo
         return float(scene.heights(places, own=own).max())
 
     opened = MAX_OPENING / 2 + np.linspace(0, FINGER_THICKNESS, 3)
-    swept = np.linspace(0, MAX_OPENING / 2 + FINGER_THICKNESS, 7)
+    swept = np.linspace(0, FINGERS_HALF_LENGTH, 7)
     fingers = max(highest(opened, FINGER_HALF_WIDTH, own), highest(swept, FINGER_HALF_WIDTH, False))
     palm = highest(np.linspace(0.02, PALM_HALF_LENGTH, 3), PALM_HALF_WIDTH, False)
     return max(0.0, fingers - float(position[2] - FINGERTIP - 0.003)) + max(0.0, palm - float(position[2] + PALM))
 
 
-def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarray) -> Grasp:
+def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarray, container: bool) -> Grasp | None:
     """The best grasp of the scene's object: clear of everything here and where the object goes, within reach, narrow,
     near, and with little turning of the wrist.
 
     hand, base: (2,) m, where the gripper and the robot's base are.  move: (3,) m, by which the object will be carried.
-    Raises EnvironmentFault: nothing fits between the fingers.
+    container: whether it goes into something; its walls are left out, since the object may drop in from above them.
+    None: every side is wider than the open gripper.
     """
     best: Grasp | None = None
     for position, yaw, width in _candidates(scene, body_points(scene.model, scene.data, scene.body)):
         reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
+        intrusion = _intrusion(scene, position, yaw, own=True)
+        if not container:
+            intrusion += _intrusion(scene, position + move, yaw, own=False)
         score = (
-            40.0 * (_intrusion(scene, position, yaw, own=True) + _intrusion(scene, position + move, yaw, own=False))
+            40.0 * intrusion
             + 25.0 * max(0.0, reach - REACH)
-            + 10.0 * width
+            + 100.0 * max(0.0, width - WALL)
             + 0.5 * abs(yaw)
             + 0.15 * float(np.linalg.norm(position[:2] - hand))
         )
         if best is None or score < best.score:
             best = Grasp(position, yaw, width, score)
-    if best is None:
-        name = scene.model.body(scene.body).name
-        raise EnvironmentFault(f"no grasp of {name!r}: every side is wider than the gripper's {MAX_OPENING} m")
     return best

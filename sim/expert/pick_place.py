@@ -1,26 +1,25 @@
 """Pick an object up and put it down, as a function of the simulator's state alone.
 
-A plan is made once an episode: where to hold the object, and how high to travel. After that no step remembers the one
-before: the action follows from positions, velocities and contacts now. So the expert can say what to do in a state
-that another policy got into (DAgger, Ross et al. 2011), and one frame is enough to learn its answer from.
+A plan is made at the start of an episode: where to hold the object, and how high to travel. After that no step
+remembers the one before: the action follows from positions, velocities and contacts now. So the expert can say what to
+do in a state that another policy got into (DAgger, Ross et al. 2011), and one frame is enough to learn its answer from.
+Only an object that comes to rest elsewhere, or otherwise turned, without having been put there, is planned for again.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import mujoco
 import numpy as np
 
 from mllm.policy import ActionSpec, ActionStep, Observation
 from sim.env import LiberoEnv
-from sim.errors import ConfigurationError
-from sim.expert.geometry import body_points, corridor, geoms_of, heading, heights, rotation_about_z
-from sim.expert.grasp import FINGERTIP, PALM, PALM_HALF_LENGTH, Scene, find_grasp
+from sim.errors import ConfigurationError, EnvironmentFault
+from sim.expert.geometry import geoms_of, heading, rotation_about_z
+from sim.expert.grasp import MAX_OPENING, Scene
+from sim.expert.plan import Plan, make_plan
 from sim.expert.servo import servo, turn_to
 
 # All of these are our choice. Lengths in metres.
-CLEARANCE = 0.03  # over everything on the way
 FUNNEL_SLOPE = 3.0  # rise over run of the way down to a goal
 FUNNEL_MOUTH = 0.008  # horizontal distance from which on it rises
 TURN_LEVER = 0.04  # a wrist that is 1 rad off counts as this distance from the goal
@@ -28,27 +27,9 @@ GRASP_NEAR, GRASP_LEVEL = 0.010, 0.010  # horizontal and vertical distance at wh
 PLACE_NEAR, PLACE_LEVEL = 0.015, 0.010  # the same for letting go
 PLACE_GAP = 0.004  # over the resting height, where a carried object is steered to
 STILL = 0.02  # m/s: fingers that move slower have a firm hold
-RETREAT = 0.08
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one episode keeps. Positions are in the world frame.
-
-    offset: (3,) m from the object's origin to the grip site, for an object turned as in `rotation`, (3, 3).
-    yaw: rad, the gripper's turn about z with it.
-    points: (n, 3) m, the object's hull in its own frame.
-    hover, carry: m, heights of the grip site on the way to the object, and of the object's origin on the way back.
-    rest: m, height of the object's lowest point at the target, from the target's origin.
-    """
-
-    offset: np.ndarray
-    rotation: np.ndarray
-    yaw: float
-    points: np.ndarray
-    hover: float
-    carry: float
-    rest: float
+RETREAT = 0.08  # how far up to go afterwards
+AT_REST = 0.02  # m/s and rad/s
+MOVED, TIPPED = 0.015, 0.3  # m and rad from where it was planned for, beyond which the object is planned for again
 
 
 def funnel(position: np.ndarray, goal: np.ndarray, ceiling: float, astray: float = 0.0) -> np.ndarray:
@@ -68,15 +49,16 @@ def funnel(position: np.ndarray, goal: np.ndarray, ceiling: float, astray: float
 class PickPlaceExpert:
     """Carries `item` to `target` with privileged access to `env`; a policy that ignores what it observes.
 
-    item: a movable object's name.  target: an object's or a region's name.
-    phase: what it is doing; "approach", "descend", "close", "lift", "carry", "lower", "release" or "retreat". It only
-    describes the last action.
+    item: a movable object's name.  target: an object's or a region's name.  container: whether it goes into the target,
+    else onto it.
+    phase: what it is doing; "approach", "descend", "close", "lift", "carry", "lower", "release", "retreat", or "lost"
+    where the object lies so that nothing can take hold of it. It only describes the last action.
     """
 
     action_spec = ActionSpec()
 
-    def __init__(self, env: LiberoEnv, item: str, target: str) -> None:
-        self.item, self.target = item, target
+    def __init__(self, env: LiberoEnv, item: str, target: str, container: bool = False) -> None:
+        self.item, self.target, self.container = item, target, container
         self.phase = "none"
         self._env = env
         self._plan: Plan | None = None
@@ -90,6 +72,10 @@ class PickPlaceExpert:
         self._model = model
         self._body = world.body_ids[item]
         self._own = geoms_of(model, self._body)
+        first = model.body_dofadr[self._body]
+        if model.body_dofnum[self._body] != 6:
+            raise ConfigurationError(f"cannot carry {item!r}: it is fixed to the scene")
+        self._item_dofs = slice(first, first + 6)
         self._robot = geoms_of(model, model.body(robot.robot_model.root_body).id) | geoms_of(
             model, model.body(robot.robot_model.mount.root_body).id
         )
@@ -113,14 +99,29 @@ class PickPlaceExpert:
         self._look()
         self.phase = "none"
         self._plan = self._make_plan()
+        if self._plan is None:
+            raise EnvironmentFault(f"no grasp of {self.item!r}: every side is wider than the gripper's {MAX_OPENING} m")
 
     def act(self, observation: Observation) -> ActionStep:
         """The action for the state now; `observation` is not read. Raises ConfigurationError: `reset` comes first."""
         if self._plan is None:
             raise ConfigurationError("the expert has no plan: call reset() before act()")
         self._look()
-        action = self._action(self._plan)
-        return ActionStep(action, flags={"phase": self.phase})
+        plan = self._make_plan() if self._outdated(self._plan) else self._plan
+        if plan is None:
+            self.phase = "lost"
+            return ActionStep(servo(np.zeros(3), np.zeros(3), False, self.action_spec), flags={"phase": self.phase})
+        self._plan = plan
+        return ActionStep(self._action(plan), flags={"phase": self.phase})
+
+    def _outdated(self, plan: Plan) -> bool:
+        """Whether the object has come to rest where, or as, `plan` does not expect it."""
+        data = self._data
+        moved = float(np.linalg.norm(data.xpos[self._body] - plan.origin))
+        tilt = float(np.arccos(np.clip((data.xmat[self._body].reshape(3, 3) @ plan.rotation.T)[2, 2], -1.0, 1.0)))
+        if (moved < MOVED and tilt < TIPPED) or self._held() or self._placed(plan):
+            return False
+        return float(np.abs(data.qvel[self._item_dofs]).max()) < AT_REST
 
     def _hand(self) -> np.ndarray:
         return self._data.site_xpos[self._hand_site]
@@ -130,81 +131,47 @@ class PickPlaceExpert:
             return self._data.site_xpos[self._target_site]
         return self._data.xpos[self._target_body]
 
-    def _make_plan(self) -> Plan:
-        model, data = self._model, self._data
-        scene = Scene(model, data, self._body, self._own, ~(self._own | self._robot))
-        origin, rotation = data.xpos[self._body].copy(), data.xmat[self._body].reshape(3, 3).copy()
-        points = body_points(model, data, self._body)
-        hand, target = self._hand().copy(), self._target_position().copy()
-        low, top = float(points[:, 2].min()), float(points[:, 2].max())
-        rest = self._resting_height(points - [*origin[:2], low], target)
-        move = np.array([*(target[:2] - origin[:2]), rest - low])
-        grasp = find_grasp(scene, hand[:2], data.xpos[self._base][:2], move)
-
-        radius = float(np.linalg.norm(points[:, :2] - origin[:2], axis=1).max())
-        way_there = scene.heights(corridor(hand[:2], grasp.position[:2], 0.06), own=False).max()
-        hover = max(top + 0.05, float(way_there) + CLEARANCE + FINGERTIP)
-
-        # The object clears what it passes over, and so does the palm, which is wider but higher up.
-        under_object = scene.heights(corridor(origin[:2], target[:2], radius + 0.01), own=False).max()
-        drop = grasp.position[:2] + move[:2]
-        under_palm = scene.heights(corridor(grasp.position[:2], drop, PALM_HALF_LENGTH), own=False).max()
-        palm = float(grasp.position[2] - origin[2]) + PALM
-        carry = max(float(under_object) + origin[2] - low, float(under_palm) - palm) + CLEARANCE
-        return Plan(
-            offset=grasp.position - origin,
-            rotation=rotation,
-            yaw=grasp.yaw,
-            points=(points - origin) @ rotation,
-            hover=hover,
-            carry=max(carry, float(origin[2]) + 0.05),
-            rest=rest - float(target[2]),
-        )
-
-    def _resting_height(self, points: np.ndarray, target: np.ndarray) -> float:
-        """The height at which the object's lowest point comes to rest when it is let down over `target`.
-
-        points: (n, 3) m, the object's, from the point at its bottom right below its origin.
-        """
-        bottom = points[points[:, 2] < 0.02]
-        supports = heights(self._model, self._data, target[:2] + bottom[:, :2], ~(self._own | self._robot))
-        return float((supports - bottom[:, 2]).max())
+    def _make_plan(self) -> Plan | None:
+        scene = Scene(self._model, self._data, self._body, self._own, ~(self._own | self._robot))
+        base = self._data.xpos[self._base]
+        return make_plan(scene, self._hand()[:2], base[:2], self._target_position(), self.container)
 
     def _held(self) -> bool:
         """Whether both fingers touch the object."""
         pairs = self._data.contact.geom
         return all(bool((self._own[pairs] & finger[pairs[:, ::-1]]).any()) for finger in self._fingers)
 
+    def _above_rest(self, plan: Plan) -> float:
+        """Metres by which the object's lowest point is above where it comes to rest at the target."""
+        height, up = self._data.xpos[self._body][2], self._data.xmat[self._body].reshape(3, 3)[2]
+        return float(height + (plan.points @ up).min() - self._target_position()[2] - plan.rest)
+
+    def _placed(self, plan: Plan) -> bool:
+        """Whether the object is where to let go of it."""
+        off = self._target_position()[:2] - self._data.xpos[self._body][:2]
+        return float(np.linalg.norm(off)) < PLACE_NEAR and self._above_rest(plan) < PLACE_LEVEL
+
     def _action(self, plan: Plan) -> np.ndarray:
         data = self._data
         hand, origin = self._hand(), data.xpos[self._body]
-        rotation = data.xmat[self._body].reshape(3, 3)
-        bottom = float(origin[2] + (plan.points @ rotation[2]).min())
         held = self._held()
-
-        target = self._target_position()
-        drop = np.array([*target[:2], origin[2] + target[2] + plan.rest + PLACE_GAP - bottom])
-        off_target = float(np.linalg.norm(drop[:2] - origin[:2]))
-        placed = off_target < PLACE_NEAR and bottom < target[2] + plan.rest + PLACE_LEVEL
-        if placed:
+        if self._placed(plan):
             offset, turn, close = np.array([0.0, 0.0, 0.0 if held else RETREAT]), np.zeros(3), False
             self.phase = "release" if held else "retreat"
         elif held:
             # A hold that is not firm yet, because the fingers still close, moves in proportion to how firm it is.
             firm = 1.0 - min(float(np.abs(data.qvel[self._finger_dofs]).max()) / STILL, 1.0)
-            steer = funnel(origin, drop, max(plan.carry, float(drop[2])))
+            drop = np.array([*self._target_position()[:2], origin[2] + PLACE_GAP - self._above_rest(plan)])
+            steer = funnel(origin, drop, plan.carry)
             offset, turn, close = firm * (steer - origin), turn_to(self._hand_axes(), plan.yaw), True
-            near = off_target < 0.03
-            self.phase = "close" if firm < 0.5 else "lower" if near else "carry" if self._across(offset) else "lift"
+            self.phase = "close" if firm < 0.5 else self._carry_phase(drop - origin, offset)
         else:
-            offset, turn, close = self._to_grasp(plan, hand, origin, rotation)
+            offset, turn, close = self._to_grasp(plan, hand, origin)
         return servo(offset, turn, close, self.action_spec)
 
-    def _to_grasp(
-        self, plan: Plan, hand: np.ndarray, origin: np.ndarray, rotation: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _to_grasp(self, plan: Plan, hand: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """(offset (3,) m, turn (3,) rad, close) of a gripper that does not hold the object yet."""
-        turned = heading(rotation @ plan.rotation.T)
+        turned = heading(self._data.xmat[self._body].reshape(3, 3) @ plan.rotation.T)
         grasp = origin + rotation_about_z(turned) @ plan.offset
         turn = turn_to(self._hand_axes(), plan.yaw + turned)
         hover = max(plan.hover, float(grasp[2]) + 0.05)
@@ -219,5 +186,7 @@ class PickPlaceExpert:
         return self._data.site_xmat[self._hand_site].reshape(3, 3)
 
     @staticmethod
-    def _across(offset: np.ndarray) -> bool:
-        return float(np.linalg.norm(offset[:2])) > abs(float(offset[2]))
+    def _carry_phase(off_target: np.ndarray, offset: np.ndarray) -> str:
+        if float(np.linalg.norm(off_target[:2])) < 0.03:
+            return "lower"
+        return "carry" if float(np.linalg.norm(offset[:2])) > abs(float(offset[2])) else "lift"
