@@ -129,7 +129,7 @@ def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarra
         if not container:
             intrusion += _intrusion(scene, position + move, yaw, own=False)
         score = (
-            40.0 * intrusion
+            150.0 * intrusion
             + 25.0 * max(0.0, reach - REACH)
             + 100.0 * max(0.0, width - WALL)
             + 0.5 * abs(yaw)
