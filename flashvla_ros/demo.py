@@ -89,8 +89,9 @@ def report(session: Session, folder: Path, console: Console, json_output: bool) 
         "facts": dict(outcome.facts),
     }
     table = Table("stage", "p50 ms", "p99 ms", "max ms", title=f"{result['steps']} steps")
+    labels = STAGES | {"transport": "waiting for the period"} if outcome.facts.get("mode") == "realtime" else STAGES
     for name, values in stages.items():
-        table.add_row(STAGES[name], *(f"{values[key]:.2f}" for key in ("p50", "p99", "max")))
+        table.add_row(labels[name], *(f"{values[key]:.2f}" for key in ("p50", "p99", "max")))
     if result["steps"]:
         console.print(table)
     if outcome.facts.get("error"):
