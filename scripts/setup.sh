@@ -47,6 +47,8 @@ if [ ! -x "$VENV/bin/python" ]; then
     "$PYTHON" -m venv "$VENV" || fail "that needs the venv module: sudo apt-get install -y python3-venv, then again"
 fi
 say "installing flashvla_ros with [$EXTRAS] into $VENV (about 900 MB, a few minutes the first time)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$EXTRAS]"
+pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip install --upgrade "pip>=24"  # the pip that Python 3.10 brings needs many minutes to choose versions
+pip install --editable ".[$EXTRAS]"
 stamp > "$VENV/setup-done"
 say "done"
