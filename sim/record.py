@@ -25,17 +25,18 @@ def record_episode(env: LiberoEnv, init_state: int | str = 0, seed: int | None =
             f"nothing to record: {episode.suite} task {episode.task}, initial state {init_state}, seed {seed} ended in "
             f"{episode.outcome} after {episode.steps} steps{': ' + episode.error if episode.error else ''}"
         )
-    made_with = {key: episode.provenance[key] for key in ("stepper", "settle_steps", "mujoco", "robosuite", "libero")}
-    return Recording(
-        actions=episode.actions,
-        metadata={
-            "suite": episode.suite,
-            "task": str(episode.task),
-            "init_state": str(init_state),
-            "seed": str(seed),
-            "instruction": episode.language,
-            "renderer": env.config.renderer,
-            "outcome": episode.outcome,
-            **made_with,
-        },
+    kept = (
+        "suite",
+        "task",
+        "init_state",
+        "seed",
+        "instruction",
+        "outcome",
+        "stepper",
+        "settle_steps",
+        "mujoco",
+        "robosuite",
+        "libero",
     )
+    full = episode.recording()
+    return Recording(full.actions, {key: full.metadata[key] for key in kept} | {"renderer": env.config.renderer})

@@ -79,7 +79,7 @@ class Episode:
         named = {
             "suite": self.suite,
             "task": str(self.task),
-            "language": self.language,
+            "instruction": self.language,
             "init_state": str(self.init_state),
             "seed": "" if self.seed is None else str(self.seed),
             "outcome": self.outcome,
