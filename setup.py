@@ -1,7 +1,6 @@
 """Packaging for pip and for colcon (ament_python): `ros2 run` and `ros2 launch` find everything under <prefix>."""
 
 from glob import glob
-from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -11,8 +10,6 @@ setup(
     name=PACKAGE,
     version="0.1.0",
     description="A ROS 2 stack with a compressed vision-language-action controller and LIBERO in the loop",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
     author="flashvla_ros developers",
     maintainer="flashvla_ros developers",
     maintainer_email="flashvla-ros@users.noreply.github.com",
