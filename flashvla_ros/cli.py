@@ -17,6 +17,7 @@ import yaml
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from mllm.errors import PolicyError
 from sim.errors import ConfigurationError as SimConfigurationError
+from sim.errors import SimError
 
 WRONG_USAGE = (ConfigurationError, PolicyError, SimConfigurationError)
 
@@ -185,7 +186,7 @@ def main(args: list[str] | None = None) -> int:
     except WRONG_USAGE as error:
         sys.stderr.write(f"flashvla: {error}\n")
         return 2
-    except (RecordingError, OSError) as error:
+    except (RecordingError, SimError, OSError) as error:
         sys.stderr.write(f"flashvla: {error}\n")
         return 1
     except KeyboardInterrupt:
