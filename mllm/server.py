@@ -1,0 +1,292 @@
+"""`flashvla serve`: a policy over a websocket, in the protocol of `openpi-client`, so that its users need no change.
+
+One binary msgpack message a direction and step (see `mllm.wire` and `mllm.server_request`), after the server's
+metadata; an error of a step is a text message, and the connection stays open. A frame that cannot be read closes its
+connection: 1003 for text, 1007 for what is not msgpack within the limits, 1008 for what is not a map, 1009 for size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hmac
+import http
+import logging
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response as HttpResponse
+
+from mllm.errors import PolicyError
+from mllm.policy import Policy
+from mllm.server_config import ServerConfig
+from mllm.server_episode import Episode, Outcome, PolicyThread, build
+from mllm.server_request import RequestError, read_request
+from mllm.wire import WireError, pack, unpack
+
+_CLOSE_LIMIT = 5.0  # s that the end waits for clients, and then for the step under way
+_HANDSHAKE_LIMIT = 2.0  # s for a client to answer a close
+_log = logging.getLogger(__name__)
+
+
+class PolicyServer:
+    """Serves a policy until it is told to end: `run()` in the main thread, or `with PolicyServer(...)` beside others.
+
+    factory: makes a policy. One is made before anybody can connect, so that its errors show at once; each connection
+    has one to itself, so that episodes do not mix, and leaves it to the next. A further one is made when more clients
+    are connected than ever before, while the others wait: where that is slow or memory is short, let the policies of
+    the factory share their weights, or lower `max_connections`. All are made and called in one thread.
+    name: what the metadata call the policy.
+    """
+
+    def __init__(self, factory: Callable[[], Policy], config: ServerConfig | None = None, name: str = "policy") -> None:
+        self.config = config or ServerConfig()
+        self._factory, self._name = factory, name
+        self._metadata = b""
+        self._idle: list[Policy] = []
+        self._connected = 0
+        self._policies: PolicyThread
+        self._loop: asyncio.AbstractEventLoop
+        self._stop: asyncio.Event
+        self._thread: threading.Thread | None = None
+        self.port = self.config.port
+        """The port listened on, once serving."""
+
+    def run(self) -> None:
+        """Serves until SIGTERM or SIGINT. Raises OSError: the port is taken. Whatever the factory raises."""
+        asyncio.run(self._serve(Future(), signals=(signal.SIGTERM, signal.SIGINT)))
+
+    def __enter__(self) -> PolicyServer:
+        """Serves in a thread of its own from now on. Raises as `run` does."""
+        started: Future[None] = Future()
+
+        def serve_in_thread() -> None:
+            try:
+                asyncio.run(self._serve(started))
+            except BaseException as error:
+                if started.done():
+                    raise
+                started.set_exception(error)
+
+        self._thread = threading.Thread(target=serve_in_thread, name="policy server")
+        self._thread.start()
+        try:
+            started.result()
+        except BaseException:
+            self._thread.join()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._thread is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    # ------------------------------------------------------------------ life of the server
+
+    async def _serve(self, started: Future[None], signals: tuple[signal.Signals, ...] = ()) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        for number in signals:
+            self._loop.add_signal_handler(number, self._stop.set)
+        self._policies = PolicyThread()
+        try:
+            if not await self._make_first():
+                return
+            server = await self._listen()
+            _log.info("serving '%s' at ws://%s:%d", self._name, self.config.host, self.port)
+            started.set_result(None)
+            await self._stop.wait()
+            server.close()
+            try:
+                await asyncio.wait_for(server.wait_closed(), _CLOSE_LIMIT)
+            except asyncio.TimeoutError:
+                _log.warning("some clients were still connected %g s after the end was announced", _CLOSE_LIMIT)
+        finally:
+            if not self._policies.end(_CLOSE_LIMIT):
+                _log.warning("the policy was still busy %g s after the end", _CLOSE_LIMIT)
+
+    async def _make_first(self) -> bool:
+        """Makes the first policy, and the metadata with it; False where the end comes first."""
+        made = asyncio.wrap_future(self._policies.submit(lambda: build(self._factory)))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        either: set[asyncio.Future[Any]] = {made, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not made.done():
+            made.cancel()
+            return False
+        policy = _value(made.result())
+        self._idle.append(policy)
+        self._metadata = pack(
+            {"policy": self._name, "action_spec": dataclasses.asdict(policy.action_spec), "versions": _versions()}
+        )
+        return True
+
+    async def _listen(self) -> Server:
+        config = self.config
+        server = await serve(
+            self._converse,
+            config.address,
+            config.port,
+            process_request=self._admit,
+            origins=[None],  # a browser names an origin: no web page may reach a robot through its visitor
+            compression=None,  # and so no message grows on arrival
+            max_size=config.max_message_bytes,
+            max_queue=1,
+            ping_interval=config.ping_timeout,
+            ping_timeout=config.ping_timeout,
+            close_timeout=_HANDSHAKE_LIMIT,
+            server_header=None,
+        )
+        self.port = next(iter(server.sockets)).getsockname()[1]
+        return server
+
+    # ------------------------------------------------------------------ one connection
+
+    def _admit(self, connection: ServerConnection, request: HttpRequest) -> HttpResponse | None:
+        """Answers the health check, and turns away who lacks the token."""
+        if request.path == "/healthz":
+            if self._policies.busy_for > self.config.request_timeout:
+                return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "the policy does not answer\n")
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if self.config.token is None:
+            return None
+        given = request.headers.get_all("Authorization")
+        expected = f"Api-Key {self.config.token}".encode()
+        if len(given) == 1 and hmac.compare_digest(given[0].encode(errors="surrogateescape"), expected):
+            return None
+        return connection.respond(http.HTTPStatus.UNAUTHORIZED, "send the token as 'Authorization: Api-Key TOKEN'\n")
+
+    async def _converse(self, connection: ServerConnection) -> None:
+        limit = self.config.max_connections
+        if self._connected >= limit:
+            await _close(connection, CloseCode.TRY_AGAIN_LATER, f"all {limit} connections are in use; try again later")
+            return
+        self._connected += 1
+        policy: Policy | None = None
+        try:
+            policy = await self._take_policy(connection)
+            if policy is not None:
+                await connection.send(self._metadata)
+                await self._answer_all(connection, Episode(policy))
+        except ConnectionClosed as closed:
+            _log.info("%s: %s", connection.remote_address, closed)
+        finally:
+            self._connected -= 1
+            if policy is not None:
+                self._idle.append(policy)
+
+    async def _take_policy(self, connection: ServerConnection) -> Policy | None:
+        if self._idle:
+            return self._idle.pop()
+        outcome = await asyncio.wrap_future(self._policies.submit(lambda: build(self._factory)))
+        if outcome.error is None:
+            return outcome.value
+        _log.error("no further policy can be made", exc_info=outcome.error)
+        await _close(connection, CloseCode.INTERNAL_ERROR, "no further policy can be made; see the server's log")
+        return None
+
+    async def _answer_all(self, connection: ServerConnection, episode: Episode) -> None:
+        """Answers until the client leaves (ConnectionClosed), or sends what cannot be read."""
+        previous_ms: float | None = None
+        while True:
+            frame = await connection.recv()
+            begin = time.perf_counter()
+            if isinstance(frame, str):
+                await _close(connection, CloseCode.UNSUPPORTED_DATA, "text: send msgpack in a binary message")
+                return
+            try:
+                message = unpack(frame)
+            except WireError as error:
+                await _close(connection, CloseCode.INVALID_DATA, str(error))
+                return
+            if not isinstance(message, dict):
+                await _close(connection, CloseCode.POLICY_VIOLATION, f"a {type(message).__name__}: send a map")
+                return
+            reply = await self._answer(episode, message, previous_ms)
+            if reply is None:
+                await connection.send(f"the policy did not answer within {self.config.request_timeout:g} s")
+                await _close(connection, CloseCode.INTERNAL_ERROR, "the policy did not answer in time")
+                return
+            await connection.send(reply)
+            previous_ms = (time.perf_counter() - begin) * 1e3
+
+    async def _answer(self, episode: Episode, message: dict[Any, Any], previous_ms: float | None) -> bytes | str | None:
+        """The reply to a message: packed, an error as text, or None where the policy takes too long."""
+        try:
+            request = read_request(message)
+        except RequestError as error:
+            return str(error)
+
+        def step() -> bytes:
+            begin = time.perf_counter()
+            reply = episode.answer(request)
+            timing = {"infer_ms": (time.perf_counter() - begin) * 1e3}
+            if previous_ms is not None:
+                timing["prev_total_ms"] = previous_ms
+            return pack({**reply, "server_timing": timing})
+
+        job = self._policies.submit(step)
+        answer = asyncio.wrap_future(job)
+        done, _ = await asyncio.wait({answer}, timeout=self.config.request_timeout)
+        if not done:
+            answer.cancel()
+            job.add_done_callback(_log_late)
+            _log.error("the policy did not answer within %g s", self.config.request_timeout)
+            return None
+        outcome = answer.result()
+        if outcome.error is None:
+            return outcome.value
+        return self._describe(outcome.error)
+
+    def _describe(self, error: BaseException) -> str:
+        """What a client is told of a failed step; our log has it all."""
+        if isinstance(error, RequestError):
+            return str(error)
+        _log.error("the policy failed", exc_info=error)
+        if self.config.debug:
+            return "".join(traceback.format_exception(error))
+        known = isinstance(error, PolicyError)  # its text is made to be read by users
+        return f"the policy failed: {error if known else type(error).__name__ + '; see the log of the server'}"
+
+
+def _value(outcome: Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
+def _log_late(job: Future[Outcome]) -> None:
+    """The error of a step that nobody waits for any more is still worth knowing."""
+    if not job.cancelled() and job.result().error is not None:
+        _log.error("the policy failed after its client was let go", exc_info=job.result().error)
+
+
+async def _close(connection: ServerConnection, code: CloseCode, reason: str) -> None:
+    _log.warning("%s: closing with %d: %s", connection.remote_address, code, reason)
+    await connection.close(code, reason.encode()[:123].decode(errors="ignore"))  # a close frame holds no more
+
+
+def _versions() -> dict[str, str]:
+    """What made the actions; a package that is run from its sources is not listed."""
+    versions = {"python": sys.version.split()[0]}
+    for package in ("flashvla_ros", "torch", "numpy", "msgpack", "websockets"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
