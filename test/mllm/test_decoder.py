@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
 
 from mllm.config import DecoderConfig  # noqa: E402
 from mllm.decoder import Kept, KVCache, LanguageModel  # noqa: E402
