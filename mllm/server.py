@@ -36,7 +36,8 @@ from mllm.server_episode import Episode, Outcome, PolicyThread, build
 from mllm.server_request import RequestError, read_request
 from mllm.wire import WireError, pack, unpack
 
-_CLOSE_LIMIT = 5.0  # s that the end waits for clients, and then for the step under way
+_CLOSE_LIMIT = 5.0  # s that the end waits for clients to leave, a step under way included
+_END_LIMIT = 1.0  # s more for the policy's thread
 _HANDSHAKE_LIMIT = 2.0  # s for a client to answer a close
 _log = logging.getLogger(__name__)
 
@@ -110,14 +111,17 @@ class PolicyServer:
             _log.info("serving '%s' at ws://%s:%d", self._name, self.config.host, self.port)
             started.set_result(None)
             await self._stop.wait()
-            server.close()
-            try:
-                await asyncio.wait_for(server.wait_closed(), _CLOSE_LIMIT)
-            except asyncio.TimeoutError:
-                _log.warning("some clients were still connected %g s after the end was announced", _CLOSE_LIMIT)
+            await self._hang_up(server)
         finally:
-            if not self._policies.end(_CLOSE_LIMIT):
-                _log.warning("the policy was still busy %g s after the end", _CLOSE_LIMIT)
+            if not self._policies.end(_END_LIMIT):
+                _log.warning("the policy was still busy at the end, and is left alone")
+
+    async def _hang_up(self, server: Server) -> None:
+        server.close()
+        try:
+            await asyncio.wait_for(server.wait_closed(), _CLOSE_LIMIT)
+        except asyncio.TimeoutError:
+            _log.warning("some clients were still there %g s after the end was announced", _CLOSE_LIMIT)
 
     async def _make_first(self) -> bool:
         """Makes the first policy, and the metadata with it; False where the end comes first."""
