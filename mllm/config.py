@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mllm.actions import ActionStatistics
+from mllm.actions import GRIPPERS, ActionStatistics
 from mllm.errors import PolicyError
 
 OWN_TOWER = "conv-vit"
+RESIZES = ("lanczos", "area")
+# Token by token; in one pass whose action slots see one another; or in one in which every position sees every other.
+DECODING = ("causal", "slots", "full")
 # OpenVLA's `vision_backbone_id`: timm's names and image sizes, in the order of the features.
 DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 BACKBONES = {
@@ -27,6 +30,36 @@ def check_sizes(owner: object, limits: Mapping[str, tuple[int, int]]) -> None:
             raise PolicyError(
                 f"{type(owner).__name__}.{name} is {value!r}: it must be a whole number from {low} to {high}"
             )
+
+
+def check_choice(owner: object, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises PolicyError unless every named attribute of `owner` is one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(owner, name) not in allowed:
+            raise PolicyError(
+                f"{type(owner).__name__}.{name} is {getattr(owner, name)!r}: choose one of {', '.join(allowed)}"
+            )
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a camera's upright image became what the model was trained on. The defaults are OpenVLA's in LIBERO.
+
+    mirror: left and right change places (OpenVLA turned LIBERO's raw image by 180 degrees, and raw is bottom-up).
+    jpeg: a round trip through JPEG at quality 95.  resize: "lanczos" or "area", to the tower's size.
+    centre_crop: the middle 90 % of the area, enlarged to the same size (the model was trained on random such crops).
+    """
+
+    mirror: bool = True
+    jpeg: bool = True
+    resize: str = "lanczos"
+    centre_crop: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(self, {"resize": RESIZES})
+        for name in ("mirror", "jpeg", "centre_crop"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"ImageConfig.{name} is {getattr(self, name)!r}: it must be true or false")
 
 
 @dataclass(frozen=True)
@@ -124,8 +157,8 @@ class VLAConfig:
     towers: one or two; their features of a patch are concatenated in this order.
     cameras: names in `Observation.images`; their visual tokens follow one another in this order.
     vocab_padding: rows of the vocabulary that only fill it up; the action tokens are the last `action_bins` ids below.
-    chunk: actions answered by one pass.  parallel: they are decoded in one pass (OpenVLA-OFT, arXiv 2502.19645)
-    instead of token by token.
+    decoding: see `DECODING`.  chunk: actions of one answer; more than one is decoded in one pass.
+    images, gripper: what the model was trained on; see `ImageConfig` and `mllm.actions.GRIPPERS`.
     statistics: data set -> how its actions were normalised; see `mllm.actions`.
     """
 
@@ -135,8 +168,10 @@ class VLAConfig:
     action_bins: int = 256
     action_dim: int = 7
     vocab_padding: int = 64
+    decoding: str = "causal"
     chunk: int = 1
-    parallel: bool = False
+    images: ImageConfig = field(default_factory=ImageConfig)
+    gripper: str = "opening"
     statistics: Mapping[str, ActionStatistics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,8 +192,9 @@ class VLAConfig:
                 f"the vocabulary has {self.decoder.vocab_size} ids, {self.vocab_padding} of them padding: "
                 f"there is no room for words before {self.action_bins} action tokens"
             )
-        if self.chunk > 1 and not self.parallel:
-            raise PolicyError(f"VLAConfig.chunk is {self.chunk}: more than one action needs parallel=True")
+        check_choice(self, {"decoding": DECODING, "gripper": GRIPPERS})
+        if self.chunk > 1 and self.decoding == "causal":
+            raise PolicyError(f"VLAConfig.chunk is {self.chunk}: more than one action needs decoding 'slots' or 'full'")
         for name, statistics in self.statistics.items():
             if len(statistics.low) != self.action_dim:
                 raise PolicyError(
@@ -185,20 +221,26 @@ class VLAConfig:
         return self.action_dim * self.chunk
 
 
-# The means and deviations are those of the published preprocessor_config.json, which had passed through bfloat16.
-OPENVLA_MEANS = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
-OPENVLA_STDS = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+# Of the published preprocessor_config.json: ImageNet's had passed through bfloat16.
+NORMALISATIONS = {
+    "dinov2": ((0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def published_towers(backbone: str) -> tuple[TowerConfig, ...]:
+    """The towers of one of `BACKBONES`, each with its normalisation."""
+    return tuple(
+        TowerConfig(name, size, mean=mean, std=std)
+        for name, size in BACKBONES[backbone]
+        for family, (mean, std) in NORMALISATIONS.items()
+        if family in name
+    )
 
 
 def openvla_7b() -> VLAConfig:
     """The published OpenVLA-7B: DINOv2-L and SigLIP-So400m at 224 pixels, Llama-2-7B, one camera, 256 visual tokens."""
-    towers = tuple(
-        TowerConfig(name, size, mean=mean, std=std)
-        for (name, size), mean, std in zip(
-            BACKBONES["dinosiglip-vit-so-224px"], OPENVLA_MEANS, OPENVLA_STDS, strict=True
-        )
-    )
-    return VLAConfig(towers, DecoderConfig(vocab_size=32064))
+    return VLAConfig(published_towers("dinosiglip-vit-so-224px"), DecoderConfig(vocab_size=32064))
 
 
 def _own(width: int, vision_depth: int, layers: int, vocab: int, camera_names: tuple[str, ...]) -> VLAConfig:
@@ -210,6 +252,8 @@ def _own(width: int, vision_depth: int, layers: int, vocab: int, camera_names: t
         decoder=DecoderConfig(width, mlp, layers, heads, heads, vocab, max_position_embeddings=512, rms_norm_eps=1e-5),
         cameras=camera_names,
         vocab_padding=0,
+        images=ImageConfig(mirror=False, jpeg=False, resize="area", centre_crop=False),
+        gripper="command",
     )
 
 

@@ -74,7 +74,7 @@ class KVCache:
     ) -> None:
         shape = (2, batch, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.capacity = capacity
+        self.batch, self.capacity = batch, capacity
         self.keys_values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.used = [0 for _ in layers]
         self.valid: list[Tensor | None] = [None for _ in layers]
@@ -199,21 +199,22 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings, layers and final norm: the `language_model.model` of an OpenVLA checkpoint."""
 
-    cosine: Tensor
-    sine: Tensor
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        cosine, sine = rotary_tables(config)
-        self.register_buffer("cosine", cosine, persistent=False)
-        self.register_buffer("sine", sine, persistent=False)
+        # Not buffers: a model moved to bfloat16 must keep them in float32, and one made without memory must have them.
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.cosine[positions][:, None].to(dtype), self.sine[positions][:, None].to(dtype)
+        """positions: (B or 1, T). Returns their cosine and signed sine, (B or 1, 1, T, D)."""
+        tables = self._tables.get(positions.device)
+        if tables is None:
+            tables = self._tables[positions.device] = rotary_tables(self.config, positions.device)
+        cosine, sine = tables
+        return cosine[positions][:, None].to(dtype), sine[positions][:, None].to(dtype)
 
     def forward(
         self,
@@ -286,16 +287,16 @@ class Decoder(nn.Module):
         return hidden, positions.expand(len(index), -1).gather(1, index), valid
 
 
-def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every position, (max positions, D) float32, for x * cosine + roll(x, D / 2) * sine.
 
     Hugging Face's convention: the two halves of a head turn together, by position * theta^(-2i / D).
     """
     size = config.head_dim
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32)[:, None] * frequencies
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu")[:, None] * frequencies
     cosine, sine = angles.cos(), angles.sin()
-    return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+    return torch.cat((cosine, cosine), -1).to(device), torch.cat((-sine, sine), -1).to(device)
 
 
 class LanguageModel(nn.Module):
