@@ -1,8 +1,6 @@
 """`flashvla serve`: a policy over a websocket, in the protocol of `openpi-client`, so that its users need no change.
 
-One binary msgpack message a direction and step (see `mllm.wire` and `mllm.server_request`), after the server's
-metadata; an error of a step is a text message, and the connection stays open. A frame that cannot be read closes its
-connection: 1003 for text, 1007 for what is not msgpack within the limits, 1008 for what is not a map, 1009 for size.
+The server's metadata come first, then one message a direction and step: see `mllm.server_conversation`.
 """
 
 from __future__ import annotations
@@ -15,8 +13,6 @@ import logging
 import signal
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
@@ -29,12 +25,11 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response as HttpResponse
 
-from mllm.errors import PolicyError
 from mllm.policy import Policy
 from mllm.server_config import ServerConfig
+from mllm.server_conversation import Conversation, close
 from mllm.server_episode import Episode, Outcome, PolicyThread, build
-from mllm.server_request import RequestError, read_request
-from mllm.wire import WireError, pack, unpack
+from mllm.wire import pack
 
 _CLOSE_LIMIT = 5.0  # s that the end waits for clients to leave, a step under way included
 _END_LIMIT = 1.0  # s more for the policy's thread
@@ -178,7 +173,7 @@ class PolicyServer:
     async def _converse(self, connection: ServerConnection) -> None:
         limit = self.config.max_connections
         if self._connected >= limit:
-            await _close(connection, CloseCode.TRY_AGAIN_LATER, f"all {limit} connections are in use; try again later")
+            await close(connection, CloseCode.TRY_AGAIN_LATER, f"all {limit} connections are in use; try again later")
             return
         self._connected += 1
         policy: Policy | None = None
@@ -186,7 +181,7 @@ class PolicyServer:
             policy = await self._take_policy(connection)
             if policy is not None:
                 await connection.send(self._metadata)
-                await self._answer_all(connection, Episode(policy))
+                await Conversation(connection, Episode(policy), self._policies, self.config).run()
         except ConnectionClosed as closed:
             _log.info("%s: %s", connection.remote_address, closed)
         finally:
@@ -201,88 +196,14 @@ class PolicyServer:
         if outcome.error is None:
             return outcome.value
         _log.error("no further policy can be made", exc_info=outcome.error)
-        await _close(connection, CloseCode.INTERNAL_ERROR, "no further policy can be made; see the server's log")
+        await close(connection, CloseCode.INTERNAL_ERROR, "no further policy can be made; see the server's log")
         return None
-
-    async def _answer_all(self, connection: ServerConnection, episode: Episode) -> None:
-        """Answers until the client leaves (ConnectionClosed), or sends what cannot be read."""
-        previous_ms: float | None = None
-        while True:
-            frame = await connection.recv()
-            begin = time.perf_counter()
-            if isinstance(frame, str):
-                await _close(connection, CloseCode.UNSUPPORTED_DATA, "text: send msgpack in a binary message")
-                return
-            try:
-                message = unpack(frame)
-            except WireError as error:
-                await _close(connection, CloseCode.INVALID_DATA, str(error))
-                return
-            if not isinstance(message, dict):
-                await _close(connection, CloseCode.POLICY_VIOLATION, f"a {type(message).__name__}: send a map")
-                return
-            reply = await self._answer(episode, message, previous_ms)
-            if reply is None:
-                await connection.send(f"the policy did not answer within {self.config.request_timeout:g} s")
-                await _close(connection, CloseCode.INTERNAL_ERROR, "the policy did not answer in time")
-                return
-            await connection.send(reply)
-            previous_ms = (time.perf_counter() - begin) * 1e3
-
-    async def _answer(self, episode: Episode, message: dict[Any, Any], previous_ms: float | None) -> bytes | str | None:
-        """The reply to a message: packed, an error as text, or None where the policy takes too long."""
-        try:
-            request = read_request(message)
-        except RequestError as error:
-            return str(error)
-
-        def step() -> bytes:
-            begin = time.perf_counter()
-            reply = episode.answer(request)
-            timing = {"infer_ms": (time.perf_counter() - begin) * 1e3}
-            if previous_ms is not None:
-                timing["prev_total_ms"] = previous_ms
-            return pack({**reply, "server_timing": timing})
-
-        job = self._policies.submit(step)
-        answer = asyncio.wrap_future(job)
-        done, _ = await asyncio.wait({answer}, timeout=self.config.request_timeout)
-        if not done:
-            answer.cancel()
-            job.add_done_callback(_log_late)
-            _log.error("the policy did not answer within %g s", self.config.request_timeout)
-            return None
-        outcome = answer.result()
-        if outcome.error is None:
-            return outcome.value
-        return self._describe(outcome.error)
-
-    def _describe(self, error: BaseException) -> str:
-        """What a client is told of a failed step; our log has it all."""
-        if isinstance(error, RequestError):
-            return str(error)
-        _log.error("the policy failed", exc_info=error)
-        if self.config.debug:
-            return "".join(traceback.format_exception(error))
-        known = isinstance(error, PolicyError)  # its text is made to be read by users
-        return f"the policy failed: {error if known else type(error).__name__ + '; see the log of the server'}"
 
 
 def _value(outcome: Outcome) -> Any:
     if outcome.error is not None:
         raise outcome.error
     return outcome.value
-
-
-def _log_late(job: Future[Outcome]) -> None:
-    """The error of a step that nobody waits for any more is still worth knowing."""
-    if not job.cancelled() and job.result().error is not None:
-        _log.error("the policy failed after its client was let go", exc_info=job.result().error)
-
-
-async def _close(connection: ServerConnection, code: CloseCode, reason: str) -> None:
-    _log.warning("%s: closing with %d: %s", connection.remote_address, code, reason)
-    await connection.close(code, reason.encode()[:123].decode(errors="ignore"))  # a close frame holds no more
 
 
 def _versions() -> dict[str, str]:

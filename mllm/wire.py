@@ -149,7 +149,7 @@ def _fits(data: Any, dtype: np.dtype) -> bool:
     if dtype.kind == "b":
         return isinstance(data, bool)
     if dtype.kind == "f":
-        return isinstance(data, float) and not np.finfo(dtype).max < abs(data) < math.inf
+        return isinstance(data, float) and not float(np.finfo(dtype).max) < abs(data) < math.inf
     return type(data) is int and np.iinfo(dtype).min <= data <= np.iinfo(dtype).max
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import logging
 import socket
 import threading
@@ -144,6 +145,16 @@ def test_a_frame_that_cannot_be_read_closes_with_a_reason(serve, frame, code, re
     assert reason in closed.value.rcvd.reason
     with raw(server) as client:
         assert unpack(client.recv())["policy"] == "test"
+
+
+def test_a_message_in_parts_is_put_together_but_not_for_ever(serve):
+    message = pack(TASK)
+    with raw(serve()) as client:
+        client.recv()
+        client.send([message[:100], message[100:200], message[200:]])
+        assert unpack(client.recv())["actions"].shape == (1, 7)
+        with pytest.raises(ConnectionClosed, match=r"1007.*more than 1024 fragments"):
+            client.send(itertools.repeat(b""))  # until the server closes
 
 
 def test_a_compressed_message_cannot_grow_on_arrival(serve):
