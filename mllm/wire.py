@@ -4,6 +4,7 @@ An array is the map {b"__ndarray__": True, b"data": its bytes in C order, b"dtyp
 NumPy scalar {b"__npgeneric__": True, b"data": number, b"dtype": ...}; all else is plain msgpack. What is read is
 bounded whatever the sender claims: no pickle, no object or structured dtype, no extension type, an array needs exactly
 the bytes of its shape, and the limits below hold for all the rest. The caller bounds the bytes of the whole message.
+Needs msgpack 1.2.1: the ones before never free what they had built of a message when the rest of it is malformed.
 """
 
 from __future__ import annotations
