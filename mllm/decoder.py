@@ -1,0 +1,313 @@
+"""A Llama decoder and its key-value cache.
+
+Shapes: B samples, T positions of this call, S slots of the cache, H heads, G key-value heads, D head size, d hidden.
+A sample of a batch need not fill the call: `valid` says which positions exist, so padding may stand anywhere; and every
+position carries its own rotary position, so what token selection leaves out leaves no mark on what it keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllm.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a token hook may look at before layer `layer`: the residual stream, and what layer - 1 made of it.
+
+    hidden: (B, T, d).  positions: (B, T) or (1, T) rotary.  valid: (B, T), or None where nothing is padding.
+    attention: (B, T, d), the output of the attention of layer - 1, after its projection.
+    query: (B, H, T, D) and key: (B, G, T, D) of layer - 1, rotated; softmax(query key^T / sqrt(D)) is its attention.
+    """
+
+    layer: int
+    hidden: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    attention: Tensor
+    query: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a token hook keeps.
+
+    index: (B, K) int64, ascending in each row, into the T positions; the last position must be kept.
+    hidden: (B, K, d) in place of the kept rows, or None for these rows themselves.
+    valid: (B, K), where samples keep differing numbers; None takes it from the rows kept.
+    trim: cut the keys and values of the earlier layers to the kept positions too.
+    """
+
+    index: Tensor
+    hidden: Tensor | None = None
+    valid: Tensor | None = None
+    trim: bool = True
+
+
+class TokenHook(Protocol):
+    """Called before every layer but the first, in prefill only; None keeps everything."""
+
+    def __call__(self, state: LayerState) -> Kept | None: ...
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once.
+
+    Slots fill from the front: layer i holds `used[i]` of `capacity`, fewer where tokens were dropped. `valid[i]` is
+    (B, capacity) bool, or None while every slot used is real; slots beyond `used` are never read.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (2, batch, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.batch, self.capacity = batch, capacity
+        self.keys_values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.used = [0 for _ in layers]
+        self.valid: list[Tensor | None] = [None for _ in layers]
+
+    def clear(self) -> None:
+        self.used = [0] * len(self.used)
+        self.valid = [None] * len(self.valid)
+
+    def append(
+        self, layer: int, key: Tensor, value: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """key, value: (B, G, T, D); valid: (B, T), or None where nothing is padding.
+
+        Returns the keys and values of every slot used so far, (B, G, used, D), and which are real, (B, used) or None.
+        """
+        start = self.used[layer]
+        end = start + key.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} positions do not fit the cache's {self.capacity} slots: make a larger one")
+        keys, values = self.keys_values[layer]
+        keys[:, :, start:end] = key
+        values[:, :, start:end] = value
+        self.used[layer] = end
+        known = self.valid[layer]
+        if known is None and valid is not None:
+            known = self.valid[layer] = valid.new_ones(valid.shape[0], self.capacity)
+        if known is not None:
+            known[:, start:end] = True if valid is None else valid
+            known = known[:, :end]
+        return keys[:, :, :end], values[:, :, :end], known
+
+    def keep(self, layers: range, index: Tensor, valid: Tensor | None) -> None:
+        """Cuts the first slots of `layers` to index (B, K); valid: (B, K) of the slots kept, None if all are real."""
+        count = index.shape[1]
+        for layer in layers:
+            keys_values = self.keys_values[layer]
+            _, batch, heads, _, size = keys_values.shape
+            rows = index[None, :, None, :, None].expand(2, batch, heads, count, size)
+            keys_values[:, :, :, :count] = keys_values.gather(3, rows)
+            self.used[layer] = count
+            self.valid[layer] = None
+            if valid is not None:
+                known = valid.new_ones(batch, self.capacity)
+                known[:, :count] = valid
+                self.valid[layer] = known
+
+
+def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: int, device: torch.device) -> Tensor:
+    """Which slots the last `rows` positions see: (rows, slots) or, given valid (B, slots), (B, 1, rows, slots) bool.
+
+    A position sees itself, earlier ones and, if it is one of the last `bidirectional`, later ones; and no padding.
+    Padding sees itself, so that its rows stay finite.
+    """
+    mask = torch.ones(rows, slots, dtype=torch.bool, device=device).tril(slots - rows)
+    if bidirectional:
+        mask[-bidirectional:] = True
+    if valid is None:
+        return mask
+    itself = torch.eye(slots, dtype=torch.bool, device=device)[slots - rows :]
+    return (valid[:, None, None, :] | itself) & mask
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.shape, self.eps = (size,), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Rotary grouped-query attention. `qkv_proj` stacks the rows of Hugging Face's q_proj, k_proj and v_proj."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        rows = (self.heads + 2 * self.kv_heads) * self.size
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, T, d), rotary: cosine and signed sine, (B or 1, 1, T, D). Returns query, key (rotated) and value."""
+        batch, count, _ = x.shape
+        heads = self.qkv_proj(x).view(batch, count, -1, self.size).transpose(1, 2)
+        turning = heads[:, : self.heads + self.kv_heads]
+        cosine, sine = rotary
+        turned = torch.addcmul(turning * cosine, turning.roll(self.size // 2, -1), sine)
+        return turned[:, : self.heads], turned[:, self.heads :], heads[:, self.heads + self.kv_heads :]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """query: (B, H, T, D), key and value: (B, G, S, D). Returns (B, T, d)."""
+        batch, _, count, _ = query.shape
+        grouped = self.heads != self.kv_heads
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate) * up); `gate_up_proj` stacks the rows of Hugging Face's gate_proj and up_proj."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norm: the `language_model.model` of an OpenVLA checkpoint."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Not buffers: a model moved to bfloat16 must keep them in float32, and one made without memory must have them.
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions: (B or 1, T). Returns their cosine and signed sine, (B or 1, 1, T, D)."""
+        tables = self._tables.get(positions.device)
+        if tables is None:
+            tables = self._tables[positions.device] = rotary_tables(self.config, positions.device)
+        cosine, sine = tables
+        return cosine[positions][:, None].to(dtype), sine[positions][:, None].to(dtype)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        *,
+        valid: Tensor | None = None,
+        cache: KVCache | None = None,
+        hook: TokenHook | None = None,
+        last: int | None = None,
+        bidirectional: int = 0,
+    ) -> Tensor:
+        """Runs every layer and the final norm.
+
+        hidden: (B, T, d) embeddings.  positions: (B, T), or (1, T) for all samples alike.
+        valid: (B, T) bool, False for padding; None if there is none.
+        cache: appended to, and what it holds is attended to; None (training) keeps nothing.
+        hook: may drop positions between layers; only for a cache that was empty.
+        last: compute only the last so many outputs in the last layer, which nothing after it looks behind.
+        bidirectional: the last so many positions see one another whatever their order; no later call should add more.
+        Returns (B, last or what is left of T, d).
+        """
+        rotary = self.rotary(positions, hidden.dtype)
+        state: tuple[Tensor, Tensor, Tensor] | None = None
+        mask, masked = None, None
+        for i, layer in enumerate(self.layers):
+            if hook is not None and state is not None:
+                kept = hook(LayerState(i, hidden, positions, valid, *state))
+                if kept is not None:
+                    hidden, positions, valid = self._keep(kept, i, hidden, positions, valid, cache)
+                    rotary = self.rotary(positions, hidden.dtype)
+            count = rows = hidden.shape[1]
+            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden), rotary)
+            keys, values, known = (key, value, valid) if cache is None else cache.append(i, key, value, valid)
+            if last is not None and i == len(self.layers) - 1:
+                rows = min(last, count)
+                hidden, query = hidden[:, -rows:], query[:, :, -rows:]
+            slots = keys.shape[2]
+            # One row sees every slot, and whole sequences have a mask of their own inside the attention kernel.
+            plain = known is None and not bidirectional
+            causal = plain and rows == slots > 1
+            if known is not None or (rows, slots) != masked:
+                needed = known is not None or (rows > 1 and not causal)
+                mask = attention_mask(rows, slots, known, min(bidirectional, rows), hidden.device) if needed else None
+                masked = (rows, slots)
+            attention = layer.self_attn.attend(query, keys, values, mask, causal)
+            hidden = hidden + attention
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            state = (attention, query, key)
+        return self.norm(hidden)
+
+    def _keep(
+        self,
+        kept: Kept,
+        layer: int,
+        hidden: Tensor,
+        positions: Tensor,
+        valid: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Applies a hook's choice before `layer`. Returns what is left of hidden, positions and valid."""
+        index = kept.index
+        valid = kept.valid if kept.valid is not None or valid is None else valid.gather(1, index)
+        if cache is not None and kept.trim:
+            cache.keep(range(layer), index, valid)
+        if kept.hidden is not None:
+            hidden = kept.hidden
+        else:
+            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        return hidden, positions.expand(len(index), -1).gather(1, index), valid
+
+
+def rotary_tables(config: DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every position, (max positions, D) float32, for x * cosine + roll(x, D / 2) * sine.
+
+    Hugging Face's convention: the two halves of a head turn together, by position * theta^(-2i / D).
+    """
+    size = config.head_dim
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    angles = torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu")[:, None] * frequencies
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), -1).to(device), torch.cat((-sine, sine), -1).to(device)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head: the `language_model` of an OpenVLA checkpoint."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
+        """hidden: (B, T, d). Returns (B, T, vocab), or of ids[0] to ids[1] - 1 alone, which reads fewer weights."""
+        weight = self.lm_head.weight
+        return F.linear(hidden, weight if ids is None else weight[ids[0] : ids[1]])

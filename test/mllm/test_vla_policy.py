@@ -1,0 +1,151 @@
+"""The policy as the node, the evaluation and the server see it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mllm.config import named_config  # noqa: E402
+from mllm.errors import PolicyError  # noqa: E402
+from mllm.policy import Observation, Policy, check_action, make_policy  # noqa: E402
+from mllm.tokenizer import BEFORE_ACTION, LIBERO_WORDS, LlamaTokenizer, WordTokenizer, openvla_prompt  # noqa: E402
+from mllm.vla_policy import make_example, mini_policy  # noqa: E402
+
+TASK = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return mini_policy(threads=2)
+
+
+def noise(seed):
+    generator = np.random.default_rng(seed)
+    cameras = ("agentview", "robot0_eye_in_hand")
+    return Observation({name: generator.integers(0, 256, (256, 256, 3), np.uint8) for name in cameras})
+
+
+def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
+    policy = make_policy("mini")
+    assert isinstance(policy, Policy)
+    policy.reset(TASK)
+    step = policy.act(noise(0))
+    check_action(step.action)
+    assert step.action.dtype == np.float32
+    assert list(step.timing) == ["preprocess", "vision", "prefill", "decode"]
+    assert all(seconds > 0 for seconds in step.timing.values())
+    assert step.flags == {"prompt_tokens": 1 + 128 + 17}
+
+
+def test_the_mini_has_a_few_million_parameters_and_64_tokens_a_camera(policy):
+    assert 3e6 < sum(parameter.numel() for parameter in policy.model.parameters()) < 10e6
+    assert policy.model.visual_tokens(torch.zeros(1, 2, 3, 128, 128)).shape[1] == 128
+
+
+def test_the_bench_size_is_of_the_100m_class():
+    from mllm.vla import VLA
+
+    with torch.device("meta"):
+        model = VLA(named_config("bench-100m"))
+    assert 90e6 < sum(parameter.numel() for parameter in model.parameters()) < 130e6
+
+
+def test_equal_seeds_give_equal_actions_and_others_do_not(policy):
+    other, same = mini_policy(seed=1), mini_policy(seed=0)
+    answers = []
+    for each in (policy, same, other):
+        each.reset(TASK)
+        answers.append(np.stack([each.act(noise(seed)).action for seed in range(3)]))
+    assert np.array_equal(answers[0], answers[1])
+    assert not np.array_equal(answers[0], answers[2])
+
+
+def test_an_answer_depends_on_nothing_that_came_before(policy):
+    policy.reset(TASK)
+    first = policy.act(noise(5)).action
+    policy.act(noise(6))
+    policy.reset("open the drawer")
+    policy.warm_up()
+    policy.reset(TASK)
+    assert np.array_equal(policy.act(noise(5)).action, first)
+
+
+def test_acting_before_a_reset_is_an_error_and_warming_up_is_not():
+    policy = mini_policy()
+    policy.warm_up()
+    with pytest.raises(PolicyError, match="call reset"):
+        policy.act(make_example(policy.config))
+
+
+@pytest.mark.parametrize("instruction", ["", "   ", "x" * 2001, None])
+def test_an_instruction_must_say_something(policy, instruction):
+    with pytest.raises(PolicyError, match="the instruction is"):
+        policy.reset(instruction)
+
+
+def test_an_instruction_longer_than_the_model_is_an_error_that_says_what_to_do(policy):
+    policy.reset("go " * 600)
+    with pytest.raises(PolicyError, match="shorten the instruction"):
+        policy.act(noise(0))
+
+
+def test_a_checkpoint_of_the_mini_answers_as_the_mini_does(policy, tmp_path):
+    from mllm.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path, policy.model, policy.tokenizer)
+    loaded = make_policy("mini", checkpoint=str(tmp_path))
+    for each in (policy, loaded):
+        each.reset(TASK)
+    assert np.array_equal(loaded.act(noise(1)).action, policy.act(noise(1)).action)
+
+
+def test_statistics_are_chosen_by_name_or_are_the_only_ones(policy):
+    with pytest.raises(PolicyError, match="no action statistics called 'bridge'; choose one of: none"):
+        type(policy)(policy.model, policy.tokenizer, statistics="bridge")
+
+
+def test_words_have_ids_of_their_own_and_others_share_one():
+    tokenizer = WordTokenizer()
+    ids = tokenizer.prompt("Pick up the BOWL, zebra!")
+    assert ids[0] == 1
+    assert ids[-1] == 2
+    assert len(set(ids)) == 6
+    assert tokenizer.size == len(LIBERO_WORDS) + 3 <= named_config("mini").action_ids[0]
+
+
+def test_openvlas_prompt_is_the_published_one():
+    assert openvla_prompt("Pick Up") == "In: What action should the robot take to pick up?\nOut:"
+
+
+@pytest.mark.parametrize("ends_with_it", [True, False])
+def test_the_lone_space_before_the_action_is_there_exactly_once(tmp_path, ends_with_it):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["In:", "What", "action", "should", "the", "robot", "take", "to", "go?", "Out:"]
+    vocabulary = {"<unk>": 0, "<s>": 1, **{word: index + 2 for index, word in enumerate(words)}}
+    if ends_with_it:
+        vocabulary["Out:"] = BEFORE_ACTION
+    fast = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    ids = LlamaTokenizer(tmp_path / "tokenizer.json").prompt("Go")
+    assert ids[:3] == [1, 2, 3]
+    assert ids.count(BEFORE_ACTION) == 1
+    assert ids[-1] == BEFORE_ACTION
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(PolicyError, match="is no tokenizer"):
+        LlamaTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_the_interface_is_imported_without_torch():
+    code = (
+        "import sys, mllm.policy, mllm.config, mllm.actions; "
+        "print([m for m in ('torch', 'timm', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
