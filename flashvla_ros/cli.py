@@ -6,6 +6,7 @@ rclpy first of all, happen inside `run`, so that `--help` is quick and needs no 
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,17 @@ def parse_overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         except yaml.YAMLError as error:
             raise ConfigurationError(f"--set {setting!r}: the value is not YAML: {error}") from error
     return overrides
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """A policy's keyword arguments. Raises ConfigurationError: not a JSON object."""
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"--options {text!r} is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ConfigurationError(f"--options {text!r} is not a JSON object")
+    return options
 
 
 Settings = Annotated[
@@ -135,6 +147,58 @@ class BenchSim:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a policy to openpi-client, and whatever else speaks its protocol, over a websocket. Ctrl-C ends it.
+
+    `GET /healthz` on the same port answers 200 while the policy does.
+    """
+
+    policy: tyro.conf.Positional[str] = "mini"
+    """Name of an installed policy."""
+    options: str = "{}"
+    """JSON object: keyword arguments of the policy's constructor."""
+    host: str = "127.0.0.1"
+    """IP address to listen on; one that other machines can reach needs a token."""
+    port: int = 8000
+    """0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that clients must send (openpi-client: api_key)."""
+    max_message_bytes: int = 16 * 2**20
+    """A larger message closes its connection."""
+    max_connections: int = 16
+    """Each holds a policy of its own, weights included: 1 for a model that fills the memory."""
+    ping_timeout: float = 20.0
+    """s after which a client that does not answer a ping is dropped."""
+    request_timeout: float = 30.0
+    """s for a step, waiting for other clients' steps included."""
+    debug: bool = False
+    """Send tracebacks to clients."""
+
+    def run(self) -> int:
+        import logging
+
+        from mllm.policy import make_policy
+        from mllm.server import PolicyServer
+        from mllm.server_config import ServerConfig
+
+        options = parse_options(self.options)
+        config = ServerConfig(
+            host=self.host,
+            port=self.port,
+            token=self.token_file.read_text(encoding="utf-8").strip() if self.token_file else None,
+            max_message_bytes=self.max_message_bytes,
+            max_connections=self.max_connections,
+            ping_timeout=self.ping_timeout,
+            request_timeout=self.request_timeout,
+            debug=self.debug,
+        )
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("websockets").setLevel(logging.ERROR)
+        PolicyServer(lambda: make_policy(self.policy, **options), config, name=self.policy).run()
+        return 0
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost."""
 
@@ -175,7 +239,7 @@ class Record:
 def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "up": Up, "bench": Bench, "record": Record},
+        {"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record},
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",
         args=args,

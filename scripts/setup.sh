@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=ros,sim,test
+EXTRAS=ros,sim,vla,serve,test
+TORCH=2.13.0
 APT_PACKAGES="libosmesa6 libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgles2 libglib2.0-0"
 LIBRARIES="libOSMesa.so libEGL.so.1 libGL.so.1 libGLESv2.so.2 libglib-2.0.so.0"
 
@@ -46,9 +47,24 @@ if [ ! -x "$VENV/bin/python" ]; then
     say "making a virtual environment in $VENV"
     "$PYTHON" -m venv "$VENV" || fail "that needs the venv module: sudo apt-get install -y python3-venv, then again"
 fi
-say "installing flashvla_ros with [$EXTRAS] into $VENV (about 900 MB, a few minutes the first time)"
+say "installing flashvla_ros with [$EXTRAS] into $VENV (about 1.2 GB, a few minutes the first time)"
 pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 pip install --upgrade "pip>=24"  # the pip that Python 3.10 brings needs many minutes to choose versions
-pip install --editable ".[$EXTRAS]"
+if ! "$VENV/bin/python" -c "import torch, sys; sys.exit(not torch.__version__.startswith('$TORCH'))" 2>/dev/null; then
+    if [ -e /proc/driver/nvidia/version ]; then
+        say "installing torch $TORCH with CUDA: there is an NVIDIA GPU"
+        pip install "torch==$TORCH"
+    else
+        say "installing torch $TORCH for the CPU: there is no NVIDIA GPU, and PyPI's torch brings gigabytes of CUDA"
+        # A wheel that pip is configured to find locally, else PyTorch's own index of CPU builds.
+        pip install --no-deps --no-index "torch==$TORCH+cpu" 2>/dev/null ||
+            pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu" ||
+            fail "the CPU build of torch $TORCH cannot be had from PyTorch's index; see the error above"
+    fi
+fi
+# Naming torch again keeps it: torchvision goes with one version of torch and would bring the newest.
+pip install "torch==$TORCH" --editable ".[$EXTRAS]"
+# For the tests of the server. It asks for numpy below 2, which the part that is used does not need.
+pip install --no-deps openpi-client==0.1.2
 stamp > "$VENV/setup-done"
 say "done"

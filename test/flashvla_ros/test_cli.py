@@ -82,6 +82,9 @@ def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
         (["up", "libero", "--set", "x"], "'x'"),
         (["fly"], "fly"),
         (["bench", "ros", "--steps", "many"], "many"),
+        (["serve", "hold", "--host", "0.0.0.0"], "token"),
+        (["serve", "hold", "--options", "[]"], "--options"),
+        (["serve", "nobody"], "nobody"),
     ],
 )
 def test_wrong_usage_ends_with_status_2_and_says_what(arguments, said):
@@ -92,7 +95,7 @@ def test_wrong_usage_ends_with_status_2_and_says_what(arguments, said):
 
 
 def test_help_of_every_command_is_there():
-    for arguments in ([], ["demo"], ["up"], ["bench", "ros"], ["bench", "sim"], ["record"]):
+    for arguments in ([], ["demo"], ["up"], ["bench", "ros"], ["bench", "sim"], ["record"], ["serve"]):
         result = run(*arguments, "--help")
         assert result.returncode == 0
         assert "usage: flashvla" in result.stdout
