@@ -8,7 +8,7 @@ position carries its own rotary position, so what token selection leaves out lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,30 @@ def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: i
     return (valid[:, None, None, :] | itself) & mask
 
 
+class Linear(nn.Linear):
+    """Without bias; on a CPU one row, as in decoding, is multiplied by blocks of rows of the weights.
+
+    The plain call reads the weights in one thread, at a fraction of the memory's speed; as a batch of blocks it runs in
+    all threads, and the sums are the same to rounding.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.blocks = next(blocks for blocks in (8, 4, 2, 1) if outputs % blocks == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, inputs). Returns (B, T, outputs)."""
+        if x.numel() == self.in_features and x.device.type == "cpu":
+            return one_row(x, self.weight, self.blocks)
+        return F.linear(x, self.weight)
+
+
+def one_row(x: Tensor, weight: Tensor, blocks: int) -> Tensor:
+    """x: (1, 1, K), weight: (N, K), N divisible by blocks. Returns (1, 1, N)."""
+    column = x.reshape(1, -1, 1).expand(blocks, -1, -1)
+    return torch.bmm(weight.view(blocks, -1, weight.shape[1]), column).view(1, 1, -1)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -154,8 +178,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.size
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, rows)
+        self.o_proj = Linear(self.heads * self.size, config.hidden_size)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, d), rotary: cosine and signed sine, (B or 1, 1, T, D). Returns query, key (rotated) and value."""
@@ -179,8 +203,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -240,7 +264,7 @@ class Decoder(nn.Module):
         rotary = self.rotary(positions, hidden.dtype)
         state: tuple[Tensor, Tensor, Tensor] | None = None
         mask, masked = None, None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             if hook is not None and state is not None:
                 kept = hook(LayerState(i, hidden, positions, valid, *state))
                 if kept is not None:
@@ -305,9 +329,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def logits(self, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
         """hidden: (B, T, d). Returns (B, T, vocab), or of ids[0] to ids[1] - 1 alone, which reads fewer weights."""
-        weight = self.lm_head.weight
-        return F.linear(hidden, weight if ids is None else weight[ids[0] : ids[1]])
+        return self.lm_head(hidden) if ids is None else F.linear(hidden, self.lm_head.weight[ids[0] : ids[1]])

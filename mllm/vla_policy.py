@@ -108,7 +108,7 @@ def choose_statistics(config: VLAConfig, name: str | None) -> ActionStatistics |
     if name is None and len(known) <= 1:
         return next(iter(known.values()), None)
     # OpenVLA's data sets without still frames have a suffix that its users leave out.
-    for candidate in (name, f"{name}_no_noops"):
+    for candidate in (str(name), f"{name}_no_noops"):
         if candidate in known:
             return known[candidate]
     shown = ", ".join(sorted(known)) or "none"
