@@ -51,11 +51,9 @@ class ActionDecoder:
     def decode(self, first: Tensor) -> Tensor:
         """What `prefill` returned. Returns all tokens, (B, action tokens), in the order of the action's numbers."""
         tokens = [first]
-        position = self._next if first.shape[1] == 1 else None
-        for _ in range(self.config.action_tokens - first.shape[1]):
-            hidden = self.model.language_model.model(self.model.embed(tokens[-1]), position, cache=self._cache)
+        for done in range(self.config.action_tokens - first.shape[1]):
+            hidden = self.model.language_model.model(self.model.embed(tokens[-1]), self._next + done, cache=self._cache)
             tokens.append(self._best(hidden))
-            position = position + 1
         return torch.cat(tokens, 1)
 
     def _one_pass(self, hidden: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:

@@ -107,7 +107,7 @@ def read_into(file: BinaryIO, entry: Entry, target: Tensor) -> None:
 
 
 def _read(file: BinaryIO, flat: Tensor) -> None:
-    view = memoryview(flat.view(torch.uint8).numpy())
+    view = flat.view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
@@ -131,4 +131,4 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             flat = tensor.detach().contiguous().cpu().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)

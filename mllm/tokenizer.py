@@ -82,9 +82,10 @@ class LlamaTokenizer:
             self._fast = Fast.from_str(self._text)
         except Exception as error:  # the library raises nothing more specific
             raise PolicyError(f"{path} is no tokenizer: {error}") from error
-        self._bos = self._fast.token_to_id("<s>")
-        if self._bos is None:
+        bos = self._fast.token_to_id("<s>")
+        if bos is None:
             raise PolicyError(f"{path} has no token '<s>', with which a prompt begins")
+        self._bos: int = bos
 
     def prompt(self, instruction: str) -> list[int]:
         ids = self._fast.encode(openvla_prompt(check_instruction(instruction)), add_special_tokens=False).ids

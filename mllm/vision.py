@@ -59,7 +59,7 @@ class VisionBackbone(nn.Module):
         self.featurizer = make_tower(config.towers[0], len(config.cameras))
         self.fused_featurizer = make_tower(config.towers[1], len(config.cameras)) if len(config.towers) > 1 else None
         towers = [self.featurizer, *([self.fused_featurizer] if self.fused_featurizer is not None else [])]
-        self.width = sum(int(tower.embed_dim) for tower in towers)  # type: ignore[arg-type]
+        self.width: int = sum(tower.embed_dim for tower in towers)  # type: ignore[misc]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, cameras, 3 * towers, S, S), each tower's normalisation stacked on the channels.

@@ -48,9 +48,9 @@ class VLAPolicy:
             raise PolicyError(f"the model's actions have {config.action_dim} numbers: a policy's have 7")
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self._statistics = choose_statistics(config, statistics)
-        self._preprocess = Preprocess(config)
+        self.preprocess = Preprocess(config)
         self._tokens = ActionTokens(config.action_bins, config.token_vocab)
-        self._decoder = ActionDecoder(model, restricted, hook)
+        self.decoder = ActionDecoder(model, restricted, hook)
         self._text: list[int] | None = None
 
     def reset(self, instruction: str) -> None:
@@ -80,14 +80,14 @@ class VLAPolicy:
                 torch.cuda.synchronize(self.model.device)
             clock.append(time.perf_counter())
 
-        pixels = torch.from_numpy(self._preprocess(observation.images))[None].to(self.model.device, self.model.dtype)
+        pixels = torch.from_numpy(self.preprocess(observation.images))[None].to(self.model.device, self.model.dtype)
         lap()
         visual = self.model.visual_tokens(pixels)
         lap()
         prompt = self.model.prompt(visual, [self._text])
-        first = self._decoder.prefill(*prompt)
+        first = self.decoder.prefill(*prompt)
         lap()
-        tokens = self._decoder.decode(first)[0].cpu().numpy()
+        tokens = self.decoder.decode(first)[0].cpu().numpy()
         action = self.command(tokens[: self.config.action_dim])
         lap()
         stages = ("preprocess", "vision", "prefill", "decode")
@@ -108,7 +108,7 @@ def choose_statistics(config: VLAConfig, name: str | None) -> ActionStatistics |
     if name is None and len(known) <= 1:
         return next(iter(known.values()), None)
     # OpenVLA's data sets without still frames have a suffix that its users leave out.
-    for candidate in (name, f"{name}_no_noops"):
+    for candidate in (str(name), f"{name}_no_noops"):
         if candidate in known:
             return known[candidate]
     shown = ", ".join(sorted(known)) or "none"

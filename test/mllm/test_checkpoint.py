@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -290,20 +291,28 @@ def test_the_hub_is_asked_only_for_a_pinned_commit(tmp_path):
         load_checkpoint("openvla/openvla-7b", revision="main")
 
 
-MEASURE = """
-import resource, sys, torch
+# The peak of the process itself: rusage's would begin at that of the process which started it.
+PEAK = """
+import re, sys
+from pathlib import Path
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+MEASURE = (
+    PEAK
+    + """
+import torch
 from mllm.checkpoint import load_checkpoint
-from mllm.vla import VLA
 torch.set_num_threads(1)
 load_checkpoint(sys.argv[2])
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 model, _ = load_checkpoint(sys.argv[1], dtype=getattr(torch, sys.argv[3]))
 print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
 """
+)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_weights_and_little_more(tmp_path, folder, dtype):
     big = replace(SMALL, decoder=DecoderConfig(1024, 2816, 6, 16, 16, 4096, max_position_embeddings=64))
@@ -318,21 +327,22 @@ def test_loading_takes_the_weights_and_little_more(tmp_path, folder, dtype):
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     taken, weights = map(int, result.stdout.split())
     assert weights > 170_000_000
-    assert taken < 1.15 * weights, f"{taken / weights:.3f} times the weights"
+    assert 0.9 * weights < taken < 1.15 * weights, f"{taken / weights:.3f} times the weights"
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_hostile_files_cost_little_memory(folder):
     """The largest header that is read at all is the most that a file's lies can cost."""
     lies = {"t" + "x" * 100 + str(i): {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for i in range(80_000)}
     (folder / "model.safetensors").write_bytes(header_bytes(lies, b"1234"))
     code = (
-        "import resource, sys\nfrom mllm.checkpoint import load_checkpoint\nfrom mllm.errors import PolicyError\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try:\n    load_checkpoint(sys.argv[1])\nexcept PolicyError as error:\n    assert 'overlap' in str(error)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        PEAK
+        + "from mllm.checkpoint import load_checkpoint\nfrom mllm.errors import PolicyError\nbefore = peak()\n"
+        + "try:\n    load_checkpoint(sys.argv[1])\nexcept PolicyError as error:\n    assert 'overlap' in str(error)\n"
+        + "print(peak() - before)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert int(result.stdout) * 1024 < 400_000_000
+    assert int(result.stdout) < 400_000_000
 
 
 def test_every_error_of_a_file_names_the_file(folder):

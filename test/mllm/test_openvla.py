@@ -227,7 +227,7 @@ def test_the_policy_turns_the_tokens_into_the_published_action(published):
     policy = VLAPolicy(model, tokenizer, statistics="libero_spatial")
     policy.reset("pick up the bowl")
     step = policy.act(make_example(model.config))
-    pixels = torch.from_numpy(policy._preprocess(make_example(model.config).images))[None]
+    pixels = torch.from_numpy(policy.preprocess(make_example(model.config).images))[None]
     tokens = ActionDecoder(model).generate(pixels, [tokenizer.prompt("pick up the bowl")])[0].numpy()
     # The published predict_action, then LIBERO's evaluation: gripper to -1..1, binarised, and its sign turned.
     bins = np.linspace(-1, 1, 256)
