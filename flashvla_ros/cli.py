@@ -199,10 +199,41 @@ class Serve:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost."""
+class BenchModel:
+    """Measure an action of the model, beside the same weights in transformers and the machine's own floor."""
 
-    what: Annotated[BenchRos, tyro.conf.subcommand("ros")] | Annotated[BenchSim, tyro.conf.subcommand("sim")]
+    model: str = "mini"
+    """mini, bench-100m or openvla-7b (random weights)."""
+    steps: int = 50
+    """Actions measured of each."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    threads: int = 2
+    """Of torch on the CPU."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.bench_model import run_bench
+        from mllm.bench import BenchConfig
+
+        config = BenchConfig(
+            model=self.model, steps=self.steps, device=self.device, dtype=self.dtype, threads=self.threads
+        )
+        return run_bench(config, self.json)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost, `model` the policy's."""
+
+    what: (
+        Annotated[BenchRos, tyro.conf.subcommand("ros")]
+        | Annotated[BenchSim, tyro.conf.subcommand("sim")]
+        | Annotated[BenchModel, tyro.conf.subcommand("model")]
+    )
 
     def run(self) -> int:
         return self.what.run()

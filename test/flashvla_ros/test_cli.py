@@ -85,6 +85,7 @@ def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
         (["serve", "hold", "--host", "0.0.0.0"], "token"),
         (["serve", "hold", "--options", "[]"], "--options"),
         (["serve", "nobody"], "nobody"),
+        (["bench", "model", "--model", "huge"], "huge"),
     ],
 )
 def test_wrong_usage_ends_with_status_2_and_says_what(arguments, said):
@@ -95,7 +96,16 @@ def test_wrong_usage_ends_with_status_2_and_says_what(arguments, said):
 
 
 def test_help_of_every_command_is_there():
-    for arguments in ([], ["demo"], ["up"], ["bench", "ros"], ["bench", "sim"], ["record"], ["serve"]):
+    for arguments in (
+        [],
+        ["demo"],
+        ["up"],
+        ["bench", "ros"],
+        ["bench", "sim"],
+        ["bench", "model"],
+        ["record"],
+        ["serve"],
+    ):
         result = run(*arguments, "--help")
         assert result.returncode == 0
         assert "usage: flashvla" in result.stdout
