@@ -6,7 +6,6 @@ rclpy first of all, happen inside `run`, so that `--help` is quick and needs no 
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import tyro
 import yaml
 
 from flashvla_ros.errors import ConfigurationError, RecordingError
+from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
 from sim.errors import ConfigurationError as SimConfigurationError
 from sim.errors import SimError
@@ -39,17 +39,6 @@ def parse_overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         except yaml.YAMLError as error:
             raise ConfigurationError(f"--set {setting!r}: the value is not YAML: {error}") from error
     return overrides
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """A policy's keyword arguments. Raises ConfigurationError: not a JSON object."""
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"--options {text!r} is not JSON: {error}") from error
-    if not isinstance(options, dict):
-        raise ConfigurationError(f"--options {text!r} is not a JSON object")
-    return options
 
 
 Settings = Annotated[
@@ -181,7 +170,7 @@ class Serve:
         from mllm.server import PolicyServer
         from mllm.server_config import ServerConfig
 
-        options = parse_options(self.options)
+        options = json_object("--options", self.options)
         config = ServerConfig(
             host=self.host,
             port=self.port,

@@ -56,7 +56,7 @@ def run_demo(
         f"[bold]{facts.get('suite')} task {facts.get('task')}[/]: {facts.get('instruction', '')}\n"
         f"replaying {len(recording.actions)} actions through camera topics, policy, command gate and bridge"
     )
-    with interruptible(), ros_context(), _progress(console, facts) as progress:
+    with interruptible(), ros_context(), _progress(console) as progress:
         bar = progress.add_task("starting the nodes", total=len(recording.actions))
 
         def show(monitor: EpisodeMonitor) -> None:
@@ -67,7 +67,7 @@ def run_demo(
     return report(session, folder, console, json_output)
 
 
-def _progress(console: Console, facts: Mapping[str, str]) -> Progress:
+def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description:20}"),
         BarColumn(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -32,3 +33,14 @@ def require_non_negative(params: object, *names: str) -> None:
     for name in names:
         value = getattr(params, name)
         require(math.isfinite(value) and value >= 0, name, value, "a finite number of 0 or more")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """A JSON object that came as text. Raises ConfigurationError naming what `name` says it came from."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{name} is {text!r}: it must be a JSON object")
+    return value

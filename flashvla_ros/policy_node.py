@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from std_srvs.srv import Trigger
 
 from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Report, Window, describe, status, status_array
 from flashvla_ros.errors import ConfigurationError, MessageError
-from flashvla_ros.fields import param, require, require_positive
+from flashvla_ros.fields import json_object, param, require, require_positive
 from flashvla_ros.inference import Inference
 from flashvla_ros.messages import (
     action_to_twist,
@@ -79,12 +78,7 @@ class PolicyParameters:
 
     def options(self) -> dict[str, Any]:
         """The policy's keyword arguments."""
-        try:
-            options = json.loads(self.policy_options)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"parameter 'policy_options' is not JSON: {error}") from error
-        require(isinstance(options, dict), "policy_options", self.policy_options, "a JSON object")
-        return options
+        return json_object("parameter 'policy_options'", self.policy_options)
 
 
 class PolicyNode(LifecycleNode):

@@ -43,7 +43,7 @@ from flashvla_ros.runner import StopRequested, run_node
 from flashvla_ros.sim_bridge_parameters import BridgeParameters
 from flashvla_ros.traces import Trace
 from mllm.policy import ActionSpec
-from sim.env import EnvConfig, LiberoEnv
+from sim.env import LiberoEnv
 from sim.errors import ConfigurationError as SimConfigurationError
 
 NO_MOTION = np.zeros(6, np.float32)
@@ -70,7 +70,6 @@ class SimBridgeNode(Node):
         self._outcome = "no episode yet"
         self._physics, self._render, self._answer, self._overruns = Window(), Window(), Window(), 0
         self._env: LiberoEnv | None = None
-        self._env_config: EnvConfig | None = None
 
         image_qos, state_qos = parse_qos(p.image_qos, "image_qos"), parse_qos(p.state_qos, "state_qos")
         command_qos = parse_qos(p.command_qos, "command_qos")
@@ -203,11 +202,11 @@ class SimBridgeNode(Node):
 
     def _environment(self, p: BridgeParameters) -> LiberoEnv:
         config = p.env_config()
-        if self._env is None or config != self._env_config:
+        if self._env is None or config != self._env.config:
             if self._env is not None:
                 self._env.close()
                 self._env = None
-            self._env, self._env_config = LiberoEnv(config), config
+            self._env = LiberoEnv(config)
         return self._env
 
     def _announce(self, instruction: str, stop: StopRequested) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import xml.etree.ElementTree as ET
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -41,7 +42,7 @@ def test_every_parameter_in_a_parameter_file_exists_and_its_value_is_accepted(na
         values = dict(section["ros__parameters"])
         values.pop("use_sim_time", None)
         cls = classes[node]
-        kinds = __import__("typing").get_type_hints(cls)
+        kinds = get_type_hints(cls)
         cls(**{key: _coerce(key, kinds[key], value) for key, value in values.items()})
 
 

@@ -59,21 +59,6 @@ class Failing(HoldPolicy):
 
 
 @pytest.fixture
-def serve():
-    """Starts servers that end with the test: serve(factory, **fields of ServerConfig)."""
-    running = []
-
-    def start(factory=HoldPolicy, name="test", **config):
-        server = PolicyServer(factory, ServerConfig(port=0, **config), name=name).__enter__()
-        running.append(server)
-        return server
-
-    yield start
-    for server in running:
-        server.__exit__(None, None, None)
-
-
-@pytest.fixture
 def openpi():
     """Connects openpi-clients that leave with the test."""
     clients = []

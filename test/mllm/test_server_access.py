@@ -38,21 +38,6 @@ class Hanging(HoldPolicy):
         return super().act(observation)
 
 
-@pytest.fixture
-def serve():
-    """Starts servers that end with the test: serve(factory, **fields of ServerConfig)."""
-    running = []
-
-    def start(factory=HoldPolicy, name="test", **config):
-        server = PolicyServer(factory, ServerConfig(port=0, **config), name=name).__enter__()
-        running.append(server)
-        return server
-
-    yield start
-    for server in running:
-        server.__exit__(None, None, None)
-
-
 def raw(server, **options):
     return connect(f"ws://127.0.0.1:{server.port}", compression=None, max_size=None, **options)
 
