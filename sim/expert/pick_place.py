@@ -114,6 +114,16 @@ class PickPlaceExpert:
         self._plan = plan
         return ActionStep(self._action(plan), flags={"phase": self.phase})
 
+    @property
+    def targets(self) -> np.ndarray:
+        """(6,) m, world frame, in the state of the last action: from the hand to where it takes hold of the object, and
+        to where the object goes. What a policy must find in the images to act as the expert does.
+        """
+        if self._plan is None:
+            raise ConfigurationError("the expert has no plan: call reset() before asking for its targets")
+        hand = self._hand()
+        return np.concatenate([self._grasp(self._plan)[0] - hand, self._target_position() - hand])
+
     def _outdated(self, plan: Plan) -> bool:
         """Whether the object has come to rest where, or as, `plan` does not expect it."""
         data = self._data
@@ -166,14 +176,18 @@ class PickPlaceExpert:
             offset, turn, close = firm * (steer - origin), turn_to(self._hand_axes(), plan.yaw), True
             self.phase = "close" if firm < 0.5 else self._carry_phase(drop - origin, offset)
         else:
-            offset, turn, close = self._to_grasp(plan, hand, origin)
+            offset, turn, close = self._to_grasp(plan, hand)
         return servo(offset, turn, close, self.action_spec)
 
-    def _to_grasp(self, plan: Plan, hand: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-        """(offset (3,) m, turn (3,) rad, close) of a gripper that does not hold the object yet."""
+    def _grasp(self, plan: Plan) -> tuple[np.ndarray, float]:
+        """Where the grip site holds the object now, (3,) m, and the gripper's yaw there, rad."""
         turned = heading(self._data.xmat[self._body].reshape(3, 3) @ plan.rotation.T)
-        grasp = origin + rotation_about_z(turned) @ plan.offset
-        turn = turn_to(self._hand_axes(), plan.yaw + turned)
+        return self._data.xpos[self._body] + rotation_about_z(turned) @ plan.offset, plan.yaw + turned
+
+    def _to_grasp(self, plan: Plan, hand: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """(offset (3,) m, turn (3,) rad, close) of a gripper that does not hold the object yet."""
+        grasp, yaw = self._grasp(plan)
+        turn = turn_to(self._hand_axes(), yaw)
         hover = max(plan.hover, float(grasp[2]) + 0.05)
         steer = funnel(hand, grasp, hover, astray=TURN_LEVER * float(np.linalg.norm(turn)))
         off = grasp - hand
