@@ -7,7 +7,6 @@ position carries its own rotary position, so what token selection leaves out lea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import DecoderConfig
+from mllm.linear import Linear, product
 
 
 @dataclass(frozen=True)
@@ -138,31 +138,6 @@ def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: i
     return (valid[:, None, None, :] | itself) & mask
 
 
-def rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x: (B, T, K), weight: (N, K). Returns (B, T, N).
-
-    On a CPU one row, as in decoding, is multiplied by blocks of rows of the weights as a batch: the plain call reads
-    the weights in one thread at half the memory's speed. The sums are the same to rounding.
-    """
-    count, size = weight.shape
-    blocks = math.gcd(count, 8)
-    if x.numel() != size or x.device.type != "cpu" or blocks == 1 or not weight.is_contiguous():
-        return F.linear(x, weight)
-    # A column by its strides too: with those of a row, the product would copy the weights.
-    column = x.expand(blocks, 1, size).transpose(1, 2)
-    return torch.bmm(weight.view(blocks, -1, size), column).view(1, 1, count)
-
-
-class Linear(nn.Linear):
-    """Without bias, by `rows_product`."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rows_product(x, self.weight)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -180,8 +155,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.size
-        self.qkv_proj = Linear(config.hidden_size, rows)
-        self.o_proj = Linear(self.heads * self.size, config.hidden_size)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = Linear(self.heads * self.size, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, d), rotary: cosine and signed sine, (B or 1, 1, T, D). Returns query, key (rotated) and value."""
@@ -205,8 +180,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -331,9 +306,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
         """hidden: (B, T, d). Returns (B, T, vocab), or of ids[0] to ids[1] - 1 alone, which reads fewer weights."""
         weight = self.lm_head.weight
-        return rows_product(hidden, weight if ids is None else weight[ids[0] : ids[1]])
+        return product(hidden, weight if ids is None else weight[ids[0] : ids[1]])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mllm.config import OWN_TOWER, TowerConfig, VLAConfig
 from mllm.convvit import ConvViT
 from mllm.errors import PolicyError
+from mllm.linear import Linear
 from mllm.torchvision_import import import_timm
 
 
@@ -78,9 +79,9 @@ class Projector(nn.Module):
     def __init__(self, towers: int, width: int, hidden: int) -> None:
         super().__init__()
         inner = hidden if towers == 1 else 4 * width
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, hidden)
-        self.fc3 = nn.Linear(hidden, hidden) if towers > 1 else None
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, hidden)
+        self.fc3 = Linear(hidden, hidden) if towers > 1 else None
 
     def forward(self, features: Tensor) -> Tensor:
         """features: (B, N, width). Returns (B, N, hidden)."""
