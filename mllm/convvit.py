@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import TowerConfig
-from mllm.linear import Linear
+from mllm.kernels import Linear, attention
 
 PATCH = 16
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
         """x: (B, N, width)."""
         batch, count, width = x.shape
         query, key, value = self.qkv(self.norm1(x)).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attention(query, key, value, None)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import DecoderConfig
-from mllm.linear import Linear, product
+from mllm.kernels import Linear, attention, product, rms_norm
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,12 @@ class KVCache:
                 self.valid[layer] = known
 
 
-def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: int, device: torch.device) -> Tensor:
-    """Which slots the last `rows` positions see: (rows, slots) or, given valid (B, slots), (B, 1, rows, slots) bool.
+def attention_bias(
+    rows: int, slots: int, valid: Tensor | None, bidirectional: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What the last `rows` positions add to their scores: 0 where they see a slot, -inf where they do not.
+
+    valid: (B, slots) or None.  Returns (B or 1, 1, rows, slots).
 
     A position sees itself, earlier ones and, if it is one of the last `bidirectional`, later ones; and no padding.
     Padding sees itself, so that its rows stay finite.
@@ -132,20 +136,20 @@ def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: i
     mask = torch.ones(rows, slots, dtype=torch.bool, device=device).tril(slots - rows)
     if bidirectional:
         mask[-bidirectional:] = True
-    if valid is None:
-        return mask
-    itself = torch.eye(slots, dtype=torch.bool, device=device)[slots - rows :]
-    return (valid[:, None, None, :] | itself) & mask
+    if valid is not None:
+        itself = torch.eye(slots, dtype=torch.bool, device=device)[slots - rows :]
+        mask = (valid[:, None, None, :] | itself) & mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).view(-1, 1, rows, slots)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.shape, self.eps = (size,), eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -162,16 +166,16 @@ class Attention(nn.Module):
         """x: (B, T, d), rotary: cosine and signed sine, (B or 1, 1, T, D). Returns query, key (rotated) and value."""
         batch, count, _ = x.shape
         heads = self.qkv_proj(x).view(batch, count, -1, self.size).transpose(1, 2)
-        turning = heads[:, : self.heads + self.kv_heads]
-        cosine, sine = rotary
+        turning, value = heads.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        cosine, sine = (table.to(heads.dtype) for table in rotary)
         turned = torch.addcmul(turning * cosine, turning.roll(self.size // 2, -1), sine)
-        return turned[:, : self.heads], turned[:, self.heads :], heads[:, self.heads + self.kv_heads :]
+        query, key = turned.split((self.heads, self.kv_heads), 1)
+        return query, key, value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         """query: (B, H, T, D), key and value: (B, G, S, D). Returns (B, T, d)."""
         batch, _, count, _ = query.shape
-        grouped = self.heads != self.kv_heads
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
+        mixed = attention(query, key, value, bias, causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))
 
 
@@ -240,7 +244,8 @@ class Decoder(nn.Module):
         """
         rotary = self.rotary(positions, hidden.dtype)
         state: tuple[Tensor, Tensor, Tensor] | None = None
-        mask, masked = None, None
+        bias: Tensor | None = None
+        biased: tuple[int, int, Tensor | None] | None = None
         for i, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             if hook is not None and state is not None:
                 kept = hook(LayerState(i, hidden, positions, valid, *state))
@@ -257,14 +262,14 @@ class Decoder(nn.Module):
             # One row sees every slot, and whole sequences have a mask of their own inside the attention kernel.
             plain = known is None and not bidirectional
             causal = plain and rows == slots > 1
-            if known is not None or (rows, slots) != masked:
-                needed = known is not None or (rows > 1 and not causal)
-                mask = attention_mask(rows, slots, known, min(bidirectional, rows), hidden.device) if needed else None
-                masked = (rows, slots)
-            attention = layer.self_attn.attend(query, keys, values, mask, causal)
-            hidden = hidden + attention
+            if biased is None or biased[:2] != (rows, slots) or biased[2] is not known:
+                bias, biased = None, (rows, slots, known)
+                if known is not None or (rows > 1 and not causal):
+                    bias = attention_bias(rows, slots, known, min(bidirectional, rows), query.dtype, hidden.device)
+            attended = layer.self_attn.attend(query, keys, values, bias, causal)
+            hidden = hidden + attended
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            state = (attention, query, key)
+            state = (attended, query, key)
         return self.norm(hidden)
 
     def _keep(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mllm.config import OWN_TOWER, TowerConfig, VLAConfig
 from mllm.convvit import ConvViT
 from mllm.errors import PolicyError
-from mllm.linear import Linear
+from mllm.kernels import Linear
 from mllm.torchvision_import import import_timm
 
 
