@@ -52,7 +52,8 @@ class ConvViT(nn.Module):
             nn.GELU(),
             nn.Conv2d(width // 2, width, 3, 2, 1),
         )
-        self.pos_embed = nn.Parameter(torch.randn(cameras, (config.image_size // PATCH) ** 2, width) * 0.02)
+        self.patches = (config.image_size // PATCH) ** 2
+        self.pos_embed = nn.Parameter(torch.randn(cameras, self.patches, width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
 

@@ -52,6 +52,11 @@ def patch_features(tower: nn.Module, images: Tensor) -> Tensor:
     return features.reshape(batch, -1, features.shape[-1])
 
 
+def patch_count(tower: nn.Module) -> int:
+    """Visual tokens that the tower makes of an image."""
+    return tower.patches if isinstance(tower, ConvViT) else tower.patch_embed.num_patches  # type: ignore
+
+
 class VisionBackbone(nn.Module):
     """One or two towers; the features of a patch stand side by side, the first tower's first."""
 
@@ -61,6 +66,7 @@ class VisionBackbone(nn.Module):
         self.fused_featurizer = make_tower(config.towers[1], len(config.cameras)) if len(config.towers) > 1 else None
         towers = [self.featurizer, *([self.fused_featurizer] if self.fused_featurizer is not None else [])]
         self.width: int = sum(tower.embed_dim for tower in towers)  # type: ignore[misc]
+        self.tokens = len(config.cameras) * patch_count(self.featurizer)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, cameras, 3 * towers, S, S), each tower's normalisation stacked on the channels.
