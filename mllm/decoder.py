@@ -58,6 +58,14 @@ class TokenHook(Protocol):
     def __call__(self, state: LayerState) -> Kept | None: ...
 
 
+@dataclass(frozen=True)
+class CacheState:
+    """What a cache holds; see `KVCache`."""
+
+    used: tuple[int, ...]
+    valid: tuple[Tensor | None, ...]
+
+
 class KVCache:
     """Keys and values of every layer, allocated once.
 
@@ -77,12 +85,21 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.batch, self.capacity = batch, capacity
         self.keys_values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.pairs = [part.unbind(0) for part in self.keys_values]
         self.used = [0 for _ in layers]
         self.valid: list[Tensor | None] = [None for _ in layers]
 
     def clear(self) -> None:
         self.used = [0] * len(self.used)
         self.valid = [None] * len(self.valid)
+
+    @property
+    def state(self) -> CacheState:
+        return CacheState(tuple(self.used), tuple(self.valid))
+
+    @state.setter
+    def state(self, state: CacheState) -> None:
+        self.used, self.valid = list(state.used), list(state.valid)
 
     def append(
         self, layer: int, key: Tensor, value: Tensor, valid: Tensor | None
@@ -95,7 +112,7 @@ class KVCache:
         end = start + key.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache's {self.capacity} slots: make a larger one")
-        keys, values = self.keys_values[layer]
+        keys, values = self.pairs[layer]
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
         self.used[layer] = end
@@ -104,7 +121,7 @@ class KVCache:
             known = self.valid[layer] = valid.new_ones(valid.shape[0], self.capacity)
         if known is not None:
             known[:, start:end] = True if valid is None else valid
-            known = known[:, :end]
+            known = known[:, :end] if start else valid
         return keys[:, :, :end], values[:, :, :end], known
 
     def keep(self, layers: range, index: Tensor, valid: Tensor | None) -> None:
@@ -272,6 +289,30 @@ class Decoder(nn.Module):
             state = (attended, query, key)
         return self.norm(hidden)
 
+    def step(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pairs: list[tuple[Tensor, Tensor]],
+        slot: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """`forward` for one more position, with shapes that do not depend on how much the cache holds.
+
+        hidden: (B, 1, d).  rotary: see `rotary`.  pairs: `KVCache.pairs`, whose bookkeeping is left alone.
+        slot: (L,) int64, where each layer's key and value go.
+        bias: (L, B, 1, 1, S), what each slot adds to its layer's scores: 0, or -inf for what is not seen.
+        Returns (B, 1, d).
+        """
+        layers = cast("list[DecoderLayer]", self.layers)
+        for layer, (keys, values), place, row in zip(layers, pairs, slot.split(1), bias.unbind(0), strict=True):
+            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden), rotary)
+            keys.index_copy_(2, place, key)
+            values.index_copy_(2, place, value)
+            hidden = hidden + layer.self_attn.attend(query, keys, values, row, False)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.norm(hidden)
+
     def _keep(
         self,
         kept: Kept,
@@ -317,3 +358,7 @@ class LanguageModel(nn.Module):
         """hidden: (B, T, d). Returns (B, T, vocab), or of ids[0] to ids[1] - 1 alone, which reads fewer weights."""
         weight = self.lm_head.weight
         return product(hidden, weight if ids is None else weight[ids[0] : ids[1]])
+
+    def best(self, hidden: Tensor, ids: tuple[int, int]) -> Tensor:
+        """hidden: (B, T, d). Returns the likeliest of ids[0] to ids[1] - 1, (B, T) int64."""
+        return self.logits(hidden, ids).argmax(-1) + ids[0]

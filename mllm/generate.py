@@ -6,8 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm.decoder import Kept, KVCache, LayerState, TokenHook
+from mllm.decoder import CacheState, Kept, KVCache, LayerState, TokenHook
+from mllm.engine import Recorded, TokenLoop
 from mllm.vla import VLA
+
+# A cache has a multiple of so many slots, so that prompts of similar lengths share one.
+CAPACITY_STEP = 32
 
 
 class ActionDecoder:
@@ -15,7 +19,7 @@ class ActionDecoder:
 
     restricted: choose among action tokens only, which reads 256 rows of the head instead of all; False lets any token
     win, as the published code does. The two differ only where the model wants to say something that is no action.
-    hook: token selection in the prefill; see `mllm.decoder`.
+    hook: token selection in the prefill; see `mllm.decoder`. On CUDA it is recorded: see `mllm.engine.Recorded`.
     kept: (B, K) int64, places in the last prompt that the hook left in, ascending, -1 where a sample kept fewer; None
         where it left in all.
     """
@@ -25,19 +29,19 @@ class ActionDecoder:
         self.ids = self.config.action_ids if restricted else (0, self.config.decoder.vocab_size)
         self.hook = hook
         self.kept: Tensor | None = None
-        self._cache: KVCache | None = None
+        self.visual_tokens = Recorded(model.visual_tokens, model.device)
+        self._read = Recorded(self._read_prompt, model.device)
+        self._loop: TokenLoop | None = None
 
-    def _empty_cache(self, batch: int, slots: int) -> KVCache:
-        cache = self._cache
-        if cache is None or cache.capacity < slots or cache.batch != batch:
-            cache = KVCache(self.config.decoder, batch, slots, self.model.dtype, self.model.device)
-            self._cache = cache
-        cache.clear()
-        return cache
-
-    def _best(self, hidden: Tensor) -> Tensor:
-        """hidden: (B, T, d). Returns the likeliest ids, (B, T)."""
-        return self.model.language_model.logits(hidden, self.ids).argmax(-1) + self.ids[0]
+    def _make_loop(self, batch: int, slots: int) -> TokenLoop:
+        loop = self._loop
+        if loop is None or loop.cache.capacity < slots or loop.cache.batch != batch:
+            capacity = -(-slots // CAPACITY_STEP) * CAPACITY_STEP
+            cache = KVCache(self.config.decoder, batch, capacity, self.model.dtype, self.model.device)
+            loop = self._loop = TokenLoop(self.model, cache, self.ids, self.config.action_tokens)
+            # What was recorded wrote to the cache before this one.
+            self._read = Recorded(self._read_prompt, self.model.device)
+        return loop
 
     def _choose(self, state: LayerState) -> Kept | None:
         """Asks the hook, and notes which places of the prompt it keeps."""
@@ -63,29 +67,39 @@ class ActionDecoder:
 
     def prefill(self, hidden: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
         """The prompt of `VLA.prompt`. Returns the first token, (B, 1), or the whole answer where one pass gives it."""
+        if self.config.decoding != "causal":
+            answer, self.kept, _ = self._read(hidden, positions, valid)
+            return answer
+        loop = self._make_loop(len(hidden), hidden.shape[1] + self.config.action_tokens)
+        answer, self.kept, loop.cache.state = self._read(hidden, positions, valid)
+        loop.load(positions[:, -1:] + 1)
+        return answer
+
+    def _read_prompt(
+        self, hidden: Tensor, positions: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, CacheState | None]:
+        """Returns what `prefill` does, `kept`, and what the cache holds then."""
         self.kept = None
         hook = None if self.hook is None else self._choose
+        language = self.model.language_model
         if self.config.decoding != "causal":
             slots = self.model.one_pass(hidden, positions, valid, hook)
-            return self._best(slots) if self.model.action_head is None else self.model.action_head(slots)
-        count = self.config.action_tokens
-        cache = self._empty_cache(len(hidden), hidden.shape[1] + count)
-        self._next = positions[:, -1:] + 1
-        last = self.model.language_model.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
-        return self._best(last)
+            head = self.model.action_head
+            return language.best(slots, self.ids) if head is None else head(slots), self.kept, None
+        assert self._loop is not None
+        cache = self._loop.cache
+        cache.clear()
+        last = language.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
+        return language.best(last, self.ids), self.kept, cache.state
 
     def decode(self, first: Tensor) -> Tensor:
         """What `prefill` returned. Returns all tokens, (B, action tokens), in the order of the action's numbers; with
         head "regression" the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.
         """
-        tokens = [first]
-        for done in range(self.config.action_tokens - first.shape[1]):
-            hidden = self.model.language_model.model(self.model.embed(tokens[-1]), self._next + done, cache=self._cache)
-            tokens.append(self._best(hidden))
-        return torch.cat(tokens, 1)
+        return first if first.shape[1] == self.config.action_tokens or self._loop is None else self._loop(first)
 
     @torch.inference_mode()
     def generate(self, pixels: Tensor, texts: list[list[int]], proprio: Tensor | None = None) -> Tensor:
         """pixels: (B, cameras, 3 * towers, S, S); texts: token ids a sample; proprio: (B, numbers). See `decode`."""
         pixels = pixels.to(self.model.device, self.model.dtype)
-        return self.decode(self.prefill(*self.model.prompt(self.model.visual_tokens(pixels), texts, proprio)))
+        return self.decode(self.prefill(*self.model.prompt(self.visual_tokens(pixels), texts, proprio)))

@@ -9,6 +9,7 @@ devices everything is torch's own.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,11 @@ class Linear(nn.Linear):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: (..., d), weight: (d,). Returns x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
-    return x * _inverse_rms(x, eps) * weight
+    return (x * _inverse_rms(x, eps)).mul_(weight)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
@@ -73,7 +74,20 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, ca
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque_onednn(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# torch.compile takes every call of oneDNN's product for one of its own, with weights packed beforehand, and fails.
+@torch.library.custom_op("flashvla::onednn_linear", mutates_args=())
+def _opaque_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_opaque_onednn.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,7 +104,13 @@ def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_constant(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value)
 
 
 class _Product(torch.autograd.Function):

@@ -131,7 +131,7 @@ class VLAPolicy:
         pixels = torch.from_numpy(images).to(self.model.device, self.model.dtype)
         proprio = self._proprio(observations)
         lap()
-        visual = self.model.visual_tokens(pixels)
+        visual = self.decoder.visual_tokens(pixels)
         lap()
         prompt = self.model.prompt(visual, texts, proprio)
         first = self.decoder.prefill(*prompt)
