@@ -203,6 +203,8 @@ class BenchModel:
     """float32 or bfloat16."""
     threads: int = 2
     """Of torch on the CPU."""
+    compile: bool = False
+    """Ours by torch.compile."""
     json: bool = False
     """Print the result as JSON on stdout."""
 
@@ -210,9 +212,7 @@ class BenchModel:
         from flashvla_ros.bench_model import run_bench
         from mllm.bench import BenchConfig
 
-        config = BenchConfig(
-            model=self.model, steps=self.steps, device=self.device, dtype=self.dtype, threads=self.threads
-        )
+        config = BenchConfig(self.model, self.steps, 18, self.device, self.dtype, self.threads, self.compile)
         return run_bench(config, self.json)
 
 

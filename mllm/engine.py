@@ -6,6 +6,8 @@ once for every shape of its inputs, and replayed as a whole; on a CPU the same f
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mllm.decoder import KVCache
+from mllm.errors import PolicyError
 from mllm.vla import VLA
 
 # A layer of so many weights or fewer is done with a token before a second thread has woken up.
@@ -70,6 +73,21 @@ class TokenLoop:
                 hidden = language.model.step(model.embed(tokens[-1]), turn, self.cache.pairs, slot, self.bias)
                 tokens.append(language.best(hidden, self.ids))
         return torch.cat(tokens, 1)
+
+
+def compile_model(model: VLA) -> None:
+    """Has torch.compile fuse, in place, the towers, the projector, the decoder and its step for one token.
+
+    The first answer, and a first prompt of another length, then take seconds to minutes. Raises PolicyError: a CPU
+    without a C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if model.device.type == "cpu" and shutil.which(compiler) is None:
+        raise PolicyError(f"compile needs the C++ compiler '{compiler}': install it, name another in CXX, or leave it")
+    decoder = model.language_model.model
+    for module in (model.vision_backbone, model.projector, decoder):
+        module.compile()
+    decoder.step = torch.compile(decoder.step)  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Below so many rows oneDNN's set-up costs more than it saves.
@@ -47,11 +48,11 @@ class Linear(nn.Linear):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: (..., d), weight: (d,). Returns x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
-    return (x * _inverse_rms(x, eps)).mul_(weight)
+    return (x * _inverse_rms(x, eps)).mul_(weight).to(x.dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
@@ -90,6 +91,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+if ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _operations(x: torch.Size, weight: torch.Size, *rest: object, **out: object) -> int:
+        """For `torch.utils.flop_counter`, which knows torch's own products only."""
+        return 2 * x.numel() * weight[0]
+
+
 def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One row, multiplied by blocks of rows of the weights as a batch: the plain call reads the weights in one thread
     at half the memory's speed.
@@ -103,7 +112,7 @@ def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return torch.addcmul(_constant(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
@@ -143,13 +152,13 @@ class _RMSNorm(torch.autograd.Function):
         inverse = _inverse_rms(x, eps)
         unit = x * inverse
         ctx.save_for_backward(unit, inverse, weight)
-        return unit * weight
+        return (unit * weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         unit, inverse, weight = ctx.saved_tensors
         along = gradient * unit
-        mean = (along @ weight).unsqueeze(-1) / weight.numel()
-        to_x = torch.addcmul(gradient * weight, unit, mean, value=-1).mul_(inverse)
-        return to_x, along.flatten(0, -2).sum(0), None
+        mean = (along @ weight.to(along.dtype)).unsqueeze(-1) / weight.numel()
+        to_x = torch.addcmul((gradient * weight).to(unit.dtype), unit, mean, value=-1).mul_(inverse)
+        return to_x.to(gradient.dtype), along.flatten(0, -2).sum(0).to(weight.dtype), None

@@ -13,6 +13,7 @@ from torch import Tensor
 from mllm.actions import ActionStatistics, ActionTokens, gripper_to_command
 from mllm.config import VLAConfig, named_config
 from mllm.decoder import TokenHook
+from mllm.engine import compile_model
 from mllm.errors import PolicyError
 from mllm.generate import ActionDecoder
 from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
@@ -37,6 +38,7 @@ class VLAPolicy:
     restricted, hook: see `mllm.generate.ActionDecoder`.
     threads: of torch on the CPU, for the whole process; None leaves them.
     execute: 1 to the model's chunk; None is the checkpoint's own.
+    compile: see `mllm.engine.compile_model`; `reset` then takes as long as an instruction of a new length does.
     """
 
     action_spec = ActionSpec()
@@ -51,6 +53,7 @@ class VLAPolicy:
         hook: TokenHook | None = None,
         threads: int | None = None,
         execute: int | None = None,
+        compile: bool = False,
     ) -> None:
         if threads is not None:
             if not 1 <= threads <= 1024:
@@ -67,12 +70,19 @@ class VLAPolicy:
         self._statistics = choose_statistics(config, statistics)
         self.preprocess = Preprocess(config)
         self._tokens = ActionTokens(config.action_bins, config.token_vocab)
+        if compile:
+            compile_model(model)
         self.decoder = ActionDecoder(model, restricted, hook)
+        # Prompts of a new length are compiled and recorded before an episode, not in it.
+        self._rehearses = compile or model.device.type == "cuda"
         self._episode: VLAEpisode | None = None
 
     def reset(self, instruction: str) -> None:
         """Starts an episode. Raises PolicyError: no instruction, or one that leaves the model no room."""
-        self._episode = self.begin(instruction)
+        episode = self.begin(instruction)
+        if self._rehearses:
+            self.act_batch([self.begin(instruction)], [make_example(self.config)])
+        self._episode = episode
 
     def begin(self, instruction: str) -> VLAEpisode:
         """The state of one of several episodes at once; see `reset`."""
@@ -196,24 +206,37 @@ def make_example(config: VLAConfig) -> Observation:
     return Observation(images, {name: np.zeros(PROPRIO_SIZES[name]) for name in config.proprio})
 
 
-def random_policy(name: str, seed: int, threads: int | None, dtype: torch.dtype = torch.float32) -> VLAPolicy:
+def random_policy(
+    name: str, seed: int, threads: int | None, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> VLAPolicy:
     """The named model with random weights and the words of LIBERO."""
     config = named_config(name)
     tokenizer = WordTokenizer()
     if tokenizer.size > config.action_ids[0]:
         raise PolicyError(f"'{name}' has room for {config.action_ids[0]} words: the vocabulary has {tokenizer.size}")
-    return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads)
+    return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads, compile=compile)
 
 
-def mini_policy(checkpoint: str = "", seed: int = 0, threads: int | None = None, statistics: str = "") -> VLAPolicy:
+def mini_policy(
+    checkpoint: str = "",
+    seed: int = 0,
+    threads: int | None = None,
+    statistics: str = "",
+    dtype: str = "float32",
+    compile: bool = False,
+) -> VLAPolicy:
     """The `mini` of the `flashvla.policies` group.
 
     checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, random weights by `seed`.
-    threads, statistics: see `VLAPolicy`.
+    dtype: "float32", or "bfloat16", which is faster where the processor multiplies it and rounds to three digits.
+    threads, statistics, compile: see `VLAPolicy`.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise PolicyError(f"dtype is {dtype!r}: choose float32 or bfloat16")
+    precision = getattr(torch, dtype)
     if not checkpoint:
-        return random_policy("mini", seed, threads)
+        return random_policy("mini", seed, threads, precision, compile)
     from mllm.checkpoint import load_checkpoint
 
-    model, tokenizer = load_checkpoint(checkpoint)
-    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads)
+    model, tokenizer = load_checkpoint(checkpoint, dtype=precision)
+    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads, compile=compile)

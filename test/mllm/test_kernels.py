@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from mllm.kernels import ONEDNN, ONEDNN_ROWS, SMALL, Linear, attention, product, rms_norm  # noqa: E402
 
@@ -59,6 +60,13 @@ def test_frozen_weights_and_frozen_inputs_get_no_gradient():
     assert close(x.grad, layer.weight.sum(0).expand(40, -1))
 
 
+def test_operations_are_counted_forward_and_backward():
+    layer, x = Linear(24, 36), torch.randn(40, 24, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 40 * 24 * 36
+
+
 def test_autocast_decides_the_type_as_it_does_for_torchs_layer():
     layer, x = Linear(24, 36), torch.randn(40, 24)
     with torch.autocast("cpu", torch.bfloat16):
@@ -72,14 +80,14 @@ def test_the_norm_and_its_gradients_are_torchs_to_rounding(dtype):
     x.data[0, 0] = 0
     towards = torch.randn(2, 5, 48, dtype=dtype)
     ours, expected = rms_norm(x, weight, 1e-5), F.rms_norm(x, (48,), weight, 1e-5)
-    assert close(ours, expected)
+    rounding = 1e-4 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(ours, expected, rtol=rounding)
     with torch.no_grad():
-        assert close(rms_norm(x, weight, 1e-5), expected)
+        assert torch.equal(rms_norm(x, weight, 1e-5), ours)
     gradients = torch.autograd.grad((ours * towards).sum(), (x, weight))
     references = torch.autograd.grad((expected * towards).sum(), (x, weight))
-    # A row of zeros has a gradient of 1 / sqrt(eps): compare what is large with what is large.
     for gradient, reference in zip(gradients, references, strict=True):
-        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-4)
+        assert ((gradient - reference).norm(dim=-1) <= rounding * reference.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("masking", ["none", "causal", "bias"])

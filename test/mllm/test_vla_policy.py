@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -189,6 +190,19 @@ def test_the_lone_space_before_the_action_is_there_exactly_once(tmp_path, ends_w
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(PolicyError, match="is no tokenizer"):
         LlamaTokenizer(tmp_path / "tokenizer.json")
+
+
+def test_torchs_threads_wait_without_spinning_unless_the_environment_says_otherwise():
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE"):
+        environment = {**{k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}, **given}
+        result = subprocess.run(
+            [sys.executable, "-c", "import mllm.vla"],
+            env={**environment, "OMP_DISPLAY_ENV": "TRUE"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"OMP_WAIT_POLICY = '{expected}'" in result.stderr
 
 
 def test_the_interface_is_imported_without_torch():
