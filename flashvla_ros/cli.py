@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from flashvla_ros import cli_eval
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
@@ -259,7 +260,7 @@ class Record:
 def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record},
+        {"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record, **cli_eval.COMMANDS},
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",
         args=args,

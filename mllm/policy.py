@@ -13,7 +13,7 @@ A third party's policy is any class with `reset` and `act`, named in the `flashv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -97,6 +97,11 @@ class Policy(Protocol):
     def reset(self, instruction: str) -> None: ...
 
     def act(self, observation: Observation) -> ActionStep: ...
+
+
+class BatchedPolicy(Policy, Protocol):
+    def begin(self, instruction: str) -> Any: ...  # the state of one episode (chunk queue, memories)
+    def act_batch(self, episodes: Sequence[Any], observations: Sequence[Observation]) -> list[ActionStep]: ...
 
 
 class HoldPolicy:
