@@ -127,4 +127,40 @@ class Merge:
         return 0
 
 
-COMMANDS = {"eval": Eval, "merge": Merge}
+@dataclass(frozen=True)
+class Compare:
+    """Compare two evaluations on the same episodes: success with intervals, McNemar's test, latency, who won where.
+
+    Refuses runs that were not played in the same simulation, from the same states.
+    """
+
+    a: tyro.conf.Positional[str]
+    """File of a run, or FILE:VARIANT."""
+    b: tyro.conf.Positional[str]
+    """The same."""
+    across: tuple[str, ...] = ()
+    """Settings that may differ because they are what is compared, such as env.renderer."""
+    common: bool = False
+    """Compare the episodes that both have, where one has more."""
+    resamples: int = 10_000
+    """Of the bootstrap."""
+    seed: int = 0
+    """Of the bootstrap."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.comparison import show_comparison
+        from flashvla_ros.errors import ConfigurationError
+        from sim.statistics import Side, compare_runs
+
+        if self.resamples < 100:
+            raise ConfigurationError(f"--resamples is {self.resamples}: an interval needs at least 100")
+        comparison = compare_runs(
+            Side.parse(self.a), Side.parse(self.b), self.across, self.common, self.resamples, self.seed
+        )
+        show_comparison(comparison, (self.a, self.b), self.json)
+        return 0
+
+
+COMMANDS = {"eval": Eval, "merge": Merge, "compare": Compare}
