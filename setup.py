@@ -42,6 +42,9 @@ setup(
         "vla": ["torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"],
         # msgpack before 1.2.1 leaks memory on malformed messages.
         "serve": ["websockets>=13", "msgpack>=1.2.1"],
+        # Statistics and report of `flashvla eval`.
+        "eval": ["scipy>=1.15", "statsmodels>=0.14.4", "matplotlib>=3.8"],
+        "ray": ["ray>=2.40"],
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy", "setuptools", "wheel", "dm-tree"],
     },
     entry_points={

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sim.evaluate import Progress
+from sim.ledger import Progress
 from sim.statistics import wilson
 
 

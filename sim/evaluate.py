@@ -7,13 +7,9 @@ scripted expert runs beside its environment. Results are stored by the calling t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
-import threading
-import time
+import importlib.metadata
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -23,11 +19,13 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from mllm.policy import BatchedPolicy, Policy, make_policy
-from sim.batching import Request, SharedPolicy, Stopped, answer, is_batched
+from sim.batching import SharedPolicy, is_batched
+from sim.crew import Crew
 from sim.env import EnvConfig, LiberoEnv
-from sim.errors import ConfigurationError, SimError
+from sim.errors import ConfigurationError
 from sim.expert_env import ExpertEnv, RemoteExpert
-from sim.results import EpisodeKey, EpisodeResult, RunFile, summarise_flags
+from sim.ledger import Ledger, Progress
+from sim.results import EpisodeKey, EpisodeResult, summarise_flags
 from sim.rollout import Environment, rollout
 from sim.schedule import make_blocks
 from sim.step_log import StepLog, encode_video
@@ -37,7 +35,6 @@ from sim.world import select_gl
 
 EXPERT = "expert"
 EXECUTORS = ("process", "ray")
-_LEAVE_LIMIT = 15.0  # s that workers have to end after a stop
 RENDERING = ("renderer", "image_size", "cameras")
 
 
@@ -126,10 +123,10 @@ class Execution:
             raise ConfigurationError(f"executor is {self.executor!r}: choose one of {', '.join(EXECUTORS)}")
 
 
-class Player(Protocol):
-    """Plays an episode at a time. Raises ConfigurationError: nothing can be played like this."""
+class WorkerEnv(Environment, Protocol):
+    """An environment in a process of its own."""
 
-    def play(self, key: EpisodeKey) -> EpisodeResult: ...
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any: ...
 
     def close(self) -> None: ...
 
@@ -143,14 +140,14 @@ class RolloutPlayer:
 
     def __init__(
         self,
-        make_env: Callable[[EpisodeKey], SupervisedEnv],
-        make_agent: Callable[[SupervisedEnv], Policy],
+        make_env: Callable[[EpisodeKey], WorkerEnv],
+        make_agent: Callable[[WorkerEnv], Policy],
         facts: Mapping[str, str],
         record_failures: bool = False,
     ) -> None:
         self._make_env, self._make_agent = make_env, make_agent
         self._facts, self._record = dict(facts), record_failures
-        self._env: SupervisedEnv | None = None
+        self._env: WorkerEnv | None = None
         self._agent: Policy | None = None
 
     def play(self, key: EpisodeKey) -> EpisodeResult:
@@ -159,7 +156,7 @@ class RolloutPlayer:
             self._agent = self._make_agent(env)
         log = StepLog(self._agent, frames=self._record)
         started = now()
-        episode = rollout(cast(Environment, env), log, key.init_state, key.seed)
+        episode = rollout(env, log, key.init_state, key.seed)
         timing = log.stages(episode.steps)
         stages = {**episode.timing, **timing}
         if "queue" in timing:  # the policy's own time, without waiting for others
@@ -179,7 +176,7 @@ class RolloutPlayer:
             video=encode_video(log.frames) if log.frames and episode.outcome != "success" else None,
         )
 
-    def _environment(self, key: EpisodeKey) -> SupervisedEnv:
+    def _environment(self, key: EpisodeKey) -> WorkerEnv:
         if self._env is None or (self._env.task.suite, self._env.task.index) != (key.suite, key.task):
             self.close()
             self._env = self._make_env(key)
@@ -189,28 +186,6 @@ class RolloutPlayer:
         if self._env is not None:
             self._env.close()
         self._env = self._agent = None
-
-
-@dataclass
-class Progress:
-    """Where an evaluation stands. started: monotonic s.  before: episodes that the run had when it began."""
-
-    planned: Sequence[EpisodeKey]
-    outcomes: dict[EpisodeKey, str]
-    languages: dict[tuple[str, int], str] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-    before: int = 0
-
-    @property
-    def done(self) -> int:
-        return len(self.outcomes)
-
-    def seconds_left(self) -> float:
-        """At the rate so far; NaN before the first episode."""
-        played = self.done - self.before
-        if not played:
-            return float("nan")
-        return (len(self.planned) - self.done) * (time.monotonic() - self.started) / played
 
 
 def now() -> str:
@@ -235,174 +210,38 @@ def evaluate(
     Whatever ends it, finished episodes are in the file, and the same call goes on from there.
     """
     execution = execution or Execution()
-    own = [policy] if policy is not None else []
     expert = config.policy == EXPERT and policy is None
-    if not own and not expert:
-        own.append(make_policy(config.policy, **config.options))
-    first = own[0] if own else None
+    first = policy if policy is not None or expert else make_policy(config.policy, **config.options)
     env = config.env(first)
+    record = execution.record_failures and bool(env.cameras)
     facts = {**_versions(), "workers": str(execution.workers), "executor": execution.executor}
-    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with Ledger(
+        path, config.facts(env, first), keys, execution.retry_errors, execution.error_limit, on_progress
+    ) as ledger:
+        shared = cast(BatchedPolicy, first) if is_batched(first) else None
+        crew = Crew(ledger.store, shared, execution.max_batch)
 
-    def make_env(key: EpisodeKey) -> SupervisedEnv:
-        task = dataclasses.replace(env, suite=key.suite, task=key.task)
-        factory: Callable[[EnvConfig], LiberoEnv] = ExpertEnv if expert else LiberoEnv
-        return _env_class(execution.executor)(task, execution.start_limit, execution.call_limit, factory)
+        def make_env(key: EpisodeKey) -> WorkerEnv:
+            task = dataclasses.replace(env, suite=key.suite, task=key.task)
+            factory: Callable[[EnvConfig], LiberoEnv] = ExpertEnv if expert else LiberoEnv
+            return _env_class(execution.executor)(task, execution.start_limit, execution.call_limit, factory)
 
-    def make_agents() -> Callable[[SupervisedEnv], Policy]:
-        if expert:
-            return RemoteExpert
-        if is_batched(first):
-            return lambda _: SharedPolicy(cast(BatchedPolicy, first), messages.put)
-        agent = own.pop() if own else make_policy(config.policy, **config.options)
-        return lambda _: agent
+        def make_player(number: int) -> RolloutPlayer:
+            if expert:
+                return RolloutPlayer(make_env, RemoteExpert, facts)
+            if shared is not None:
+                return RolloutPlayer(make_env, lambda _: SharedPolicy(shared, crew.post), facts, record)
+            own = first if number == 0 else make_policy(config.policy, **config.options)
+            return RolloutPlayer(make_env, lambda _: cast(Policy, own), facts, record)
 
-    def make_player() -> Player:
-        return RolloutPlayer(make_env, make_agents(), facts, execution.record_failures and bool(env.cameras))
-
-    batched = cast(BatchedPolicy, first) if first is not None and is_batched(first) else None
-    return play_all(path, config.facts(env, first), keys, execution, make_player, on_progress, batched, messages)
-
-
-def play_all(
-    path: Path | str,
-    configuration: Mapping[str, Any],
-    keys: Sequence[EpisodeKey],
-    execution: Execution,
-    make_player: Callable[[], Player],
-    on_progress: Callable[[Progress], None] = lambda _: None,
-    batched: BatchedPolicy | None = None,
-    messages: queue.SimpleQueue[Any] | None = None,
-) -> Progress:
-    """`evaluate`, whatever plays an episode.
-
-    make_player: makes one worker's; called here, used in the worker's thread.
-    messages, batched: where players' requests to a shared policy arrive, and who answers them.
-    """
-    with RunFile(path, write=True) as run:
-        for variant in dict.fromkeys(key.variant for key in keys):
-            run.configure(variant, configuration)
-        known = run.outcomes()
-        outcomes = {
-            key: known[key] for key in keys if key in known and not (execution.retry_errors and known[key] == "error")
-        }
-        progress = Progress(keys, outcomes, before=len(outcomes))
-        on_progress(progress)
-        missing = [key for key in keys if key not in outcomes]
-        if missing:
-            _Crew(run, execution, progress, on_progress, batched, messages or queue.SimpleQueue()).play(
-                make_blocks(missing, execution.in_a_row, execution.workers), make_player
-            )
-        return progress
+        # A policy that was given, and answers one episode at a time, exists once.
+        workers = 1 if policy is not None and shared is None else execution.workers
+        blocks = make_blocks(ledger.missing, execution.in_a_row, workers)
+        crew.play(blocks, [make_player(number) for number in range(min(workers, len(blocks)))])
+        return ledger.progress
 
 
-@dataclass
-class _Left:
-    """A worker's last word: what ended it, or None where there was nothing left to play."""
-
-    error: BaseException | None
-
-
-class _Crew:
-    """The workers of one evaluation, and the thread that serves them."""
-
-    def __init__(
-        self,
-        run: RunFile,
-        execution: Execution,
-        progress: Progress,
-        on_progress: Callable[[Progress], None],
-        batched: BatchedPolicy | None,
-        messages: queue.SimpleQueue[Any],
-    ) -> None:
-        self._run, self._execution = run, execution
-        self._progress, self._on_progress = progress, on_progress
-        self._batched, self._messages = batched, messages
-        self._stopping = threading.Event()
-        self._errors_in_a_row = 0
-        self._at_work = 0
-        self._requests: list[Request] = []
-
-    def play(self, blocks: list[list[EpisodeKey]], make_player: Callable[[], Player]) -> None:
-        waiting = deque(blocks)
-        players = [make_player() for _ in range(min(self._execution.workers, len(blocks)))]
-        for player in players:
-            threading.Thread(target=self._work, args=(player, waiting), name="episodes", daemon=True).start()
-            self._at_work += 1
-        try:
-            while self._at_work:
-                self._receive()
-                if self._requests:
-                    assert self._batched is not None, "only a shared policy's episodes ask"
-                    answer(self._batched, self._requests, self._execution.max_batch)
-                    self._requests.clear()
-        finally:
-            self._stop()
-
-    def _work(self, player: Player, waiting: deque[list[EpisodeKey]]) -> None:
-        error: BaseException | None = None
-        try:
-            while waiting and not self._stopping.is_set():
-                try:
-                    block = waiting.popleft()
-                except IndexError:  # another worker took the last one
-                    break
-                for key in block:
-                    if self._stopping.is_set():
-                        break
-                    self._messages.put(player.play(key))
-        except Stopped:
-            pass
-        except BaseException as fault:  # raised again by the thread that evaluates
-            error = fault
-        finally:
-            player.close()
-            self._messages.put(_Left(error))
-
-    def _receive(self, limit: float | None = None) -> None:
-        """Waits for a message, takes all that there are, and does all of it but the policy's work."""
-        message = self._messages.get(timeout=limit)
-        while message is not None:
-            if isinstance(message, Request):
-                self._requests.append(message)
-            elif isinstance(message, EpisodeResult):
-                self._store(message)
-            else:
-                self._at_work -= 1
-                if message.error is not None and not self._stopping.is_set():
-                    raise message.error
-            message = None if self._messages.empty() else self._messages.get()
-
-    def _store(self, result: EpisodeResult) -> None:
-        if self._stopping.is_set() and result.outcome == "error":
-            return  # the stop may be what broke it
-        self._run.add(result)
-        self._progress.outcomes[result.key] = result.outcome
-        self._progress.languages[result.key.suite, result.key.task] = result.language
-        self._on_progress(self._progress)
-        self._errors_in_a_row = self._errors_in_a_row + 1 if result.outcome == "error" else 0
-        if self._errors_in_a_row >= self._execution.error_limit and not self._stopping.is_set():
-            raise SimError(
-                f"the evaluation stopped after {self._errors_in_a_row} errors in a row; what was finished is in "
-                f"{self._run.path}. The last one, {result.key}:\n{result.error}"
-            )
-
-    def _stop(self) -> None:
-        """Lets the workers go, in the middle of their episodes where need be; finished ones are still stored."""
-        self._stopping.set()
-        end = time.monotonic() + _LEAVE_LIMIT
-        while True:
-            for request in self._requests:
-                if not request.answer.done():
-                    request.answer.set_exception(Stopped())
-            self._requests.clear()
-            if not self._at_work or time.monotonic() > end:
-                return
-            with contextlib.suppress(queue.Empty):
-                self._receive(max(end - time.monotonic(), 0.0))
-
-
-def _env_class(executor: str) -> type[SupervisedEnv]:
+def _env_class(executor: str) -> Callable[..., WorkerEnv]:
     if executor == "ray":
         from sim.ray_env import RayEnv
 
@@ -421,8 +260,6 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    import importlib.metadata
-
     try:
         return {"torch": importlib.metadata.version("torch")}
     except importlib.metadata.PackageNotFoundError:

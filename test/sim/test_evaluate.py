@@ -16,7 +16,8 @@ import pytest
 from mllm.policy import ActionSpec, ActionStep, HoldPolicy, Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, SimError
-from sim.evaluate import EvalConfig, Execution, Progress, evaluate
+from sim.evaluate import EvalConfig, Execution, evaluate
+from sim.ledger import Progress
 from sim.results import EpisodeResult, RunFile
 from sim.rollout import rollout
 from sim.schedule import episode_keys

@@ -33,7 +33,7 @@ class ToyEnv:
 
     def step(self, action: np.ndarray) -> Any:
         self._steps += 1
-        success = self._even and action[0] > 0.25
+        success = bool(self._even and action[0] > 0.25)
         return self._observation(), float(success), success, self._steps >= (self.config.step_limit or 1), self._info()
 
     def observation_for_policy(self, observation: dict[str, Any]) -> Observation:
