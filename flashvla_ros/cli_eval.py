@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -37,7 +38,7 @@ class Eval:
     """Draw fresh states: the numbers are seeds instead of official initial states."""
     seed: int = 0
     """Places the fixtures, which official initial states leave open."""
-    run_file: tyro.conf.Positional[Path | None] = None
+    run_file: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """File of the run (.sqlite); runs/POLICY.sqlite if not given."""
     variant: str = ""
     """Name of this configuration within the file, where it has several."""

@@ -88,7 +88,7 @@ def test_tables_have_counts_intervals_and_latency() -> None:
     assert "2 of 3" in text
     assert "21 - 94 %" in text
     assert "instruction of task 1" in text
-    assert "policy 20.00 20.00 29.70 16" in text
+    assert "policy 20.00 20.00 30.00 16" in text
     assert "vision 15.00 15.00 15.00 4" in text  # over the steps that had it
     assert "reused mean 0.25 16" in text
     assert "fresh 75.0 %, same view 25.0 %" in text
