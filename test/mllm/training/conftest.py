@@ -27,7 +27,7 @@ def demonstration(seed: int, steps: int = 12, source: str = "expert", size: int 
     phases = np.where(np.arange(steps) < steps // 2, 0, 1).astype(np.int8)
     phases[3] = 2
     return Demonstration(
-        images={camera: images for camera in CAMERAS},
+        images=dict.fromkeys(CAMERAS, images),
         proprio={name: generator.normal(size=(steps, width)) for name, width in proprio.items()},
         actions=actions,
         executed=actions,
@@ -51,6 +51,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(6):
         write_demonstration(folder / f"seed_{seed:08d}.hdf5", demonstration(seed), images="webp")
     return folder
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -90,5 +91,6 @@ def settings(demonstrations: Path, tiny: Path) -> dict[str, Any]:
         "ema": 0.5,
         "shift": 1,
         "validation": 0.2,
+        "threads": 1,
         "precision": "float32",
     }

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mllm.errors import PolicyError  # noqa: E402
-from mllm.training.config import TrainConfig, read_train_config  # noqa: E402
-from mllm.training.optimiser import rate_share  # noqa: E402
+from mllm.errors import PolicyError
+from mllm.training.config import TrainConfig, read_train_config
+from mllm.training.optimiser import rate_share
 
 
 @pytest.mark.parametrize(
