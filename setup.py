@@ -41,8 +41,12 @@ setup(
         # one version of torch, and its newest brings the newest torch and several gigabytes of CUDA.
         "vla": ["torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"],
         "data": ["h5py>=3.8"],
+        "train": ["h5py>=3.8", "matplotlib>=3.8", "peft>=0.13", "tensorboard>=2.14"],
         # msgpack before 1.2.1 leaks memory on malformed messages.
         "serve": ["websockets>=13", "msgpack>=1.2.1"],
+        # Statistics and report of `flashvla eval`.
+        "eval": ["scipy>=1.15", "statsmodels>=0.14.4", "matplotlib>=3.8"],
+        "ray": ["ray>=2.40"],
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy", "setuptools", "wheel", "dm-tree"],
     },
     entry_points={

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flashvla_ros.cli_data import Collect
-from flashvla_ros.cli_train import Train
+from flashvla_ros import cli_data, cli_eval, cli_train
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
@@ -261,7 +260,12 @@ class Record:
 def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record, "train": Train, "collect": Collect},
+        {
+            **{"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record},
+            **cli_data.COMMANDS,
+            **cli_train.COMMANDS,
+            **cli_eval.COMMANDS,
+        },
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",
         args=args,

@@ -84,3 +84,6 @@ class _Line:
         )
         sys.stderr.write(f"\r{text}\x1b[K{chr(10) if last else ''}" if terminal else text + "\n")
         sys.stderr.flush()
+
+
+COMMANDS = {"collect": Collect}

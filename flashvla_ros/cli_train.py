@@ -34,3 +34,6 @@ class Train:
         if done:
             sys.stdout.write(f"{trainer.folder / 'checkpoint'}\n")
         return 0 if done else 1
+
+
+COMMANDS = {"train": Train}
