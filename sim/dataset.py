@@ -86,7 +86,7 @@ class SuiteFolder:
             named = {"name": spec.name, "instruction": spec.language, "demonstrations": 0, "frames": 0}
             self._manifest["tasks"].setdefault(str(task), {**named, "failures": {}, "errors": {}})
             episodes = self.path / spec.name
-            episodes.mkdir(exist_ok=True)
+            episodes.mkdir(parents=True, exist_ok=True)
             self._steps[task] = {_seed(path): _count_steps(path) for path in sorted(episodes.glob("seed_*.hdf5"))}
         self._write()
 
