@@ -71,11 +71,14 @@ class ActionStep:
     action: (7,) float32, as `ActionSpec` says.
     timing: stage -> seconds spent in it.
     flags: anything else worth recording about the step; values are numbers, booleans or short strings.
+    kept: (K,) int64, ascending: which visual tokens the decoder kept, counted over all cameras in the model's order;
+        None where it chose none, or did not run.
     """
 
     action: np.ndarray
     timing: Mapping[str, float] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
+    kept: np.ndarray | None = None
 
 
 def check_action(action: np.ndarray) -> np.ndarray:

@@ -75,6 +75,19 @@ class VLA(nn.Module):
         """pixels: (B, cameras, 3 * towers, S, S) as `mllm.preprocess` makes them. Returns (B, N, hidden)."""
         return self.projector(self.vision_backbone(pixels))
 
+    def check_room(self, words: int, others: int | None = None) -> None:
+        """Raises PolicyError unless so many words fit beside the others: visual tokens and proprioception, or those
+        that all cameras and sensors make.
+        """
+        if others is None:
+            others = self.vision_backbone.tokens + (self.proprio_projector is not None)
+        room = self.config.decoder.max_position_embeddings - self.config.action_tokens
+        if words + others > room:
+            raise PolicyError(
+                f"the prompt has {words} words and {others} visual tokens: the model has room for {room}; "
+                "shorten the instruction"
+            )
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids: (B, T) int64. Returns (B, T, hidden)."""
         return self.language_model.model.embed_tokens(ids)
@@ -97,12 +110,7 @@ class VLA(nn.Module):
         if len(texts) != batch or min(lengths, default=0) < 1:
             raise PolicyError(f"{batch} images came with {len(texts)} texts of {lengths} tokens: one for each, of 1 up")
         longest = max(lengths)
-        room = self.config.decoder.max_position_embeddings - self.config.action_tokens
-        if longest + count > room:
-            raise PolicyError(
-                f"the prompt has {longest} words and {count} visual tokens: the model has room for {room}; "
-                "shorten the instruction"
-            )
+        self.check_room(longest, count)
         padded = [[text[0], *[0] * (longest - len(text)), *text[1:]] for text in texts]
         words = self.embed(torch.tensor(padded, device=visual.device))
         hidden = torch.cat((words[:, :1], visual, words[:, 1:]), 1)

@@ -76,7 +76,9 @@ class VLAPolicy:
 
     def begin(self, instruction: str) -> VLAEpisode:
         """The state of one of several episodes at once; see `reset`."""
-        return VLAEpisode(self.tokenizer.prompt(instruction))
+        text = self.tokenizer.prompt(instruction)
+        self.model.check_room(len(text))
+        return VLAEpisode(text)
 
     def warm_up(self) -> None:
         """Runs the model once on a made-up observation, so that the first real one does not pay for allocations."""
@@ -98,25 +100,26 @@ class VLAPolicy:
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
         timing: dict[str, float] = {}
+        kept_of: dict[int, np.ndarray | None] = {}
         length = 0
         if looking:
             texts = [episodes[i].text for i in sorted(looking)]
-            chunks, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
-            for i, chunk in zip(sorted(looking), chunks, strict=True):
-                episodes[i].chunk = chunk[: self.execute]
+            chunks, all_kept, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
+            for i, chunk, kept in zip(sorted(looking), chunks, all_kept, strict=True):
+                episodes[i].chunk, kept_of[i] = chunk[: self.execute], kept
         steps = []
         for i, episode in enumerate(episodes):
             flags = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
             if i in looking:
                 flags["prompt_tokens"] = length
-            steps.append(ActionStep(episode.chunk[0], timing if i in looking else {}, flags))
+            steps.append(ActionStep(episode.chunk[0], timing if i in looking else {}, flags, kept_of.get(i)))
             episode.chunk = episode.chunk[1:]
         return steps
 
     def _infer(
         self, texts: list[list[int]], observations: list[Observation]
-    ) -> tuple[np.ndarray, dict[str, float], int]:
-        """Returns (B, chunk, 7) commands, seconds a stage, and the prompt's length."""
+    ) -> tuple[np.ndarray, list[np.ndarray | None], dict[str, float], int]:
+        """Returns (B, chunk, 7) commands, `ActionStep.kept` of each, seconds a stage, and the prompt's length."""
         clock = [time.perf_counter()]
 
         def lap() -> None:
@@ -137,7 +140,7 @@ class VLAPolicy:
         lap()
         stages = ("preprocess", "vision", "prefill", "decode")
         timing = {stage: after - before for stage, before, after in zip(stages, clock[:-1], clock[1:], strict=True)}
-        return commands, timing, int(prompt[0].shape[1])
+        return commands, self.decoder.kept_tokens(len(texts), visual.shape[1]), timing, int(prompt[0].shape[1])
 
     def _proprio(self, observations: list[Observation]) -> Tensor | None:
         statistics = self.config.proprio_statistics

@@ -11,10 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mllm.config import named_config  # noqa: E402
+from mllm.decoder import Kept  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.policy import Observation, Policy, check_action, make_policy  # noqa: E402
 from mllm.tokenizer import BEFORE_ACTION, LIBERO_WORDS, LlamaTokenizer, WordTokenizer, openvla_prompt  # noqa: E402
-from mllm.vla_policy import make_example, mini_policy  # noqa: E402
+from mllm.vla_policy import VLAPolicy, make_example, mini_policy  # noqa: E402
 
 TASK = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 
@@ -89,9 +90,57 @@ def test_an_instruction_must_say_something(policy, instruction):
 
 
 def test_an_instruction_longer_than_the_model_is_an_error_that_says_what_to_do(policy):
-    policy.reset("go " * 600)
-    with pytest.raises(PolicyError, match="shorten the instruction"):
-        policy.act(noise(0))
+    policy.reset(TASK)
+    with pytest.raises(PolicyError, match="and 128 visual tokens: the model has room for 505; shorten"):
+        policy.reset("go " * 600)
+    policy.act(noise(0))  # the episode that could not begin has not ended this one
+
+
+def keep(policy, *kept, valid=None):
+    """A policy with the same weights whose decoder keeps these places of the prompt, one list a layer from the second
+    on; valid: of the last list.
+    """
+
+    def hook(state):
+        if state.layer > len(kept):
+            return None
+        index = torch.tensor([kept[state.layer - 1]])
+        return Kept(index, valid=None if valid is None or state.layer < len(kept) else torch.tensor([valid]))
+
+    return VLAPolicy(policy.model, policy.tokenizer, hook=hook)
+
+
+def test_an_answer_says_which_visual_tokens_the_decoder_kept(policy):
+    policy.reset(TASK)
+    assert policy.act(noise(0)).kept is None
+    # The prompt: its first token, 128 visual tokens at 1 to 128, and 17 words.
+    words = list(range(129, 146))
+    once = keep(policy, [0, 1, 5, 7, 128, *words])
+    once.reset(TASK)
+    kept = once.act(noise(0)).kept
+    assert kept.dtype == np.int64
+    assert kept.tolist() == [0, 4, 6, 127]
+    # A later choice counts what an earlier one left.
+    twice = keep(policy, [0, 1, 5, 7, 128, *words], [0, 2, 4, *range(5, 22)])
+    twice.reset(TASK)
+    assert twice.act(noise(0)).kept.tolist() == [4, 127]
+    # Rows that only fill up are not kept.
+    filled = keep(policy, [0, 3, 9, 9, *words], valid=[True, True, True, False, *[True] * 17])
+    filled.reset(TASK)
+    assert filled.act(noise(0)).kept.tolist() == [2, 8]
+
+
+def test_in_a_batch_every_sample_has_its_own_kept_tokens(policy):
+    def hook(state):
+        if state.layer != 2:
+            return None
+        rest = state.hidden.shape[1] - 129
+        first = torch.tensor([[0, 1, 2], [0, 8, 9]])
+        return Kept(torch.cat((first, torch.arange(129, 129 + rest).expand(2, -1)), 1))
+
+    batched = VLAPolicy(policy.model, policy.tokenizer, hook=hook)
+    steps = batched.act_batch([batched.begin(TASK), batched.begin("go there")], [noise(0), noise(1)])
+    assert [step.kept.tolist() for step in steps] == [[0, 1], [7, 8]]
 
 
 def test_a_checkpoint_of_the_mini_answers_as_the_mini_does(policy, tmp_path):
