@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flashvla_ros.cli_data import Collect
+from flashvla_ros.cli_data import Collect, Export
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
@@ -260,7 +260,15 @@ class Record:
 def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record, "collect": Collect},
+        {
+            "demo": Demo,
+            "up": Up,
+            "serve": Serve,
+            "bench": Bench,
+            "record": Record,
+            "collect": Collect,
+            "export": Export,
+        },
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",
         args=args,
