@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -44,7 +44,7 @@ class Collect:
     seed: int = 0
     """Of the first episode; the next has the next one."""
     workers: int = 2
-    """Processes; each is one core's worth of work and takes about 1 GB."""
+    """Processes; each is one core's worth of work and takes about 2 GB."""
     images: str = "raw"
     """raw as LIBERO's tools read them, or webp: a tenth of the size."""
     image_size: int = 128
@@ -73,14 +73,37 @@ class Collect:
             renderer=self.renderer,
             policy=PolicyMix(self.policy, options, self.beta) if self.policy else None,
         )
-        end = collect(config, self.out, self.workers, _Line())
+        end = collect(config, self.out, self.workers, Line())
         sys.stdout.write(f"{end.successes} successes, {end.failures} failures, {end.errors} errors in this run\n")
         if end.errors:
             sys.stderr.write(f"tracebacks are in {self.out / self.suite / 'manifest.json'}\n")
         return 1 if end.errors else 0
 
 
-class _Line:
+@dataclass(frozen=True)
+class Export:
+    """Convert demonstrations for other tools: a LeRobotDataset v3, which the lerobot package opens."""
+
+    dataset: tyro.conf.Positional[Path]
+    """Folder that `flashvla collect` wrote, or a part of it."""
+    out: tyro.conf.Positional[Path]
+    """New folder."""
+    format: Literal["lerobot"] = "lerobot"
+
+    def run(self) -> int:
+        from mllm.lerobot import export_lerobot
+
+        def progress(done: int, total: int) -> None:
+            if sys.stderr.isatty():
+                sys.stderr.write(f"\r{done}/{total} episodes\x1b[K" + "\n" * (done == total))
+
+        done = export_lerobot(self.dataset, self.out, progress)
+        skipped = f"; {done.skipped} episodes without a label were left out" if done.skipped else ""
+        sys.stdout.write(f"{done.episodes} episodes, {done.frames} frames written to {self.out}{skipped}\n")
+        return 0
+
+
+class Line:
     """Progress on stderr: one line that changes on a terminal, a line every half minute in a file."""
 
     def __init__(self) -> None:
@@ -104,4 +127,4 @@ class _Line:
         sys.stderr.flush()
 
 
-COMMANDS = {"collect": Collect}
+COMMANDS = {"collect": Collect, "export": Export}

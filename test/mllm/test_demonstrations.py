@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -24,38 +22,7 @@ from mllm.demonstrations import (
 )
 from mllm.errors import PolicyError
 
-STEPS = 5
-
-
-def make_demonstration(steps: int = STEPS, seed: int = 0, size: int = 16, **changes: object) -> Demonstration:
-    """Random numbers, and images that differ from row to row and from frame to frame."""
-    rng = np.random.default_rng(seed)
-    quaternion = rng.normal(size=(steps, 4))
-    smooth = rng.integers(0, 256, (steps, 2, 2, 3)).repeat(size // 2, 1).repeat(size // 2, 2).astype(np.uint8)
-    demonstration = Demonstration(
-        images={"agentview": smooth, "robot0_eye_in_hand": smooth[:, ::-1].copy()},
-        proprio={
-            "eef_pos": rng.normal(size=(steps, 3)),
-            "eef_quat": quaternion / np.linalg.norm(quaternion, axis=1, keepdims=True),
-            "gripper_qpos": rng.normal(size=(steps, 2)),
-            "joint_pos": rng.normal(size=(steps, 7)),
-        },
-        actions=rng.uniform(-1, 1, (steps, 7)),
-        executed=rng.uniform(-1, 1, (steps, 7)),
-        states=rng.normal(size=(steps, 30)),
-        targets=rng.normal(size=(steps, 6)).astype(np.float32),
-        phases=(np.arange(steps) % 3).astype(np.int8),
-        phase_names=("approach", "close", "lost"),
-        instruction="put the bowl on the plate",
-        suite="libero_goal",
-        task=8,
-        seed=seed,
-        outcome="success",
-        source="expert",
-        env_args={"problem_name": "libero_tabletop_manipulation", "bddl_file": "libero_goal/x.bddl"},
-        provenance={"mujoco": "3.3.2"},
-    )
-    return replace(demonstration, **changes)  # type: ignore[arg-type]
+STEPS = 5  # of what `make_demonstration` makes by itself
 
 
 def assert_same(one: Demonstration, other: Demonstration) -> None:
@@ -79,7 +46,7 @@ def assert_same(one: Demonstration, other: Demonstration) -> None:
         assert getattr(one, name) == getattr(other, name)
 
 
-def test_a_raw_file_gives_back_every_number_and_pixel(tmp_path):
+def test_a_raw_file_gives_back_every_number_and_pixel(make_demonstration, tmp_path):
     demonstration = make_demonstration()
     write_demonstration(tmp_path / "seed_00000000.hdf5", demonstration)
     read = read_demonstration(tmp_path / "seed_00000000.hdf5")
@@ -88,7 +55,7 @@ def test_a_raw_file_gives_back_every_number_and_pixel(tmp_path):
         np.testing.assert_array_equal(images, read.images[camera])
 
 
-def test_a_webp_file_gives_back_encoded_images_close_to_the_originals(tmp_path):
+def test_a_webp_file_gives_back_encoded_images_close_to_the_originals(make_demonstration, tmp_path):
     demonstration = make_demonstration(size=64)
     write_demonstration(tmp_path / "demo.hdf5", demonstration, images="webp")
     read = read_demonstration(tmp_path / "demo.hdf5")
@@ -101,7 +68,7 @@ def test_a_webp_file_gives_back_encoded_images_close_to_the_originals(tmp_path):
     np.testing.assert_array_equal(decoded.images["agentview"], decode_images(read.images["agentview"]))
 
 
-def test_encoded_images_are_written_again_as_they_are(tmp_path):
+def test_encoded_images_are_written_again_as_they_are(make_demonstration, tmp_path):
     write_demonstration(tmp_path / "one.hdf5", make_demonstration(), images="webp")
     write_demonstration(tmp_path / "two.hdf5", read_demonstration(tmp_path / "one.hdf5"), images="webp")
     assert (tmp_path / "one.hdf5").read_bytes() == (tmp_path / "two.hdf5").read_bytes()
@@ -115,7 +82,7 @@ def test_encoding_keeps_the_order_of_colours_and_rows():
     np.testing.assert_allclose(decoded[28, 16], 0, atol=6)
 
 
-def test_plain_h5py_finds_what_libero_and_robomimic_look_for(tmp_path):
+def test_plain_h5py_finds_what_libero_and_robomimic_look_for(make_demonstration, tmp_path):
     demonstration = make_demonstration()
     write_demonstration(tmp_path / "demo.hdf5", demonstration)
     with h5py.File(tmp_path / "demo.hdf5") as file:
@@ -150,19 +117,19 @@ def test_plain_h5py_finds_what_libero_and_robomimic_look_for(tmp_path):
         assert demo["rewards"][:].tolist() == demo["dones"][:].tolist() == [0, 0, 0, 0, 1]
 
 
-def test_a_failure_ends_without_a_reward(tmp_path):
+def test_a_failure_ends_without_a_reward(make_demonstration, tmp_path):
     write_demonstration(tmp_path / "demo.hdf5", make_demonstration(outcome="failure"))
     with h5py.File(tmp_path / "demo.hdf5") as file:
         assert file["data/demo_0/rewards"][:].tolist() == [0, 0, 0, 0, 0]
         assert file["data/demo_0/dones"][:].tolist() == [0, 0, 0, 0, 1]
 
 
-def test_frames_in_which_the_expert_was_lost_are_not_valid():
+def test_frames_in_which_the_expert_was_lost_are_not_valid(make_demonstration):
     assert make_demonstration().valid.tolist() == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("images", ["raw", "webp"])
-def test_a_truncated_file_is_an_error_that_names_it(tmp_path, images):
+def test_a_truncated_file_is_an_error_that_names_it(make_demonstration, tmp_path, images):
     path = tmp_path / "seed_00000003.hdf5"
     write_demonstration(path, make_demonstration(), images)
     content = path.read_bytes()
@@ -173,7 +140,7 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, images):
 
 
 @pytest.mark.parametrize("images", ["raw", "webp"])
-def test_a_changed_byte_is_noticed_unless_nothing_is_read_from_it(tmp_path, images):
+def test_a_changed_byte_is_noticed_unless_nothing_is_read_from_it(make_demonstration, tmp_path, images):
     path = tmp_path / "demo.hdf5"
     write_demonstration(path, make_demonstration(), images)
     content, original = path.read_bytes(), read_demonstration(path)
@@ -207,27 +174,25 @@ def test_a_file_without_our_attributes_is_no_demonstration_of_ours(tmp_path):
         read_demonstration(tmp_path / "libero.hdf5")
 
 
-def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path):
-    path = tmp_path / "demo.hdf5"
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(make_demonstration, tmp_path):
+    path, large = tmp_path / "demo.hdf5", tmp_path / "large.hdf5"
     write_demonstration(path, make_demonstration(steps=2))
+    write_demonstration(large, make_demonstration(steps=200))
     before = path.read_bytes()
     code = f"""
-import resource, sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}]
-from test_demonstrations import make_demonstration
-from mllm.demonstrations import write_demonstration
+import resource
+from mllm.demonstrations import read_demonstration, write_demonstration
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    write_demonstration({str(path)!r}, make_demonstration(steps=200))
+    write_demonstration({str(path)!r}, read_demonstration({str(large)!r}))
 except OSError as error:
     print(error)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert str(path) in result.stdout
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, large]
 
 
 @pytest.mark.parametrize(
@@ -243,12 +208,12 @@ except OSError as error:
         ({"proprio": {}}, "proprio has"),
     ],
 )
-def test_parts_that_do_not_fit_together_are_named(changes, message):
+def test_parts_that_do_not_fit_together_are_named(make_demonstration, changes, message):
     with pytest.raises(PolicyError, match=message):
         make_demonstration(**changes)
 
 
-def test_an_unknown_image_format_is_refused(tmp_path):
+def test_an_unknown_image_format_is_refused(make_demonstration, tmp_path):
     with pytest.raises(PolicyError, match=r"'png'.*raw, webp"):
         write_demonstration(tmp_path / "demo.hdf5", make_demonstration(), images="png")
 

@@ -8,35 +8,21 @@ import h5py
 import numpy as np
 import pytest
 
-from mllm.demonstrations import Demonstration, write_demonstration
+from mllm.demonstrations import write_demonstration
 from mllm.errors import PolicyError
 from sim.dataset import Attempt, SuiteFolder
 from sim.errors import ConfigurationError
-from sim.tasks import find_task
 
 SETTINGS = {"renderer": "fast", "noise": {"clean": 0.25, "kick_steps": (2, 8)}}
 
 
-def write_episode(folder: SuiteFolder, task: int, seed: int, steps: int = 3) -> None:
-    demonstration = Demonstration(
-        images={"agentview": np.full((steps, 8, 8, 3), seed, np.uint8)},
-        proprio={name: np.zeros((steps, n)) for name, n in zip(*PROPRIO, strict=True)},
-        actions=np.full((steps, 7), seed / 100),
-        executed=np.zeros((steps, 7)),
-        states=np.zeros((steps, 9)),
-        targets=np.zeros((steps, 6), np.float32),
-        phases=np.zeros(steps, np.int8),
-        phase_names=("approach",),
-        instruction=find_task(folder.suite, task).language,
-        suite=folder.suite,
-        task=task,
-        seed=seed,
-        outcome="success",
-    )
-    write_demonstration(folder.episode(task, seed), demonstration)
+@pytest.fixture
+def write_episode(make_demonstration):
+    def write(folder: SuiteFolder, task: int, seed: int, steps: int = 3) -> None:
+        actions = np.full((steps, 7), seed / 100)
+        write_demonstration(folder.episode(task, seed), make_demonstration(steps, seed, size=8, actions=actions))
 
-
-PROPRIO = (("eef_pos", "eef_quat", "gripper_qpos", "joint_pos"), (3, 4, 2, 7))
+    return write
 
 
 @pytest.fixture
@@ -53,7 +39,7 @@ def reopened(folder: SuiteFolder, settings: dict = SETTINGS) -> SuiteFolder:
     return again
 
 
-def test_what_was_kept_or_failed_is_finished_and_an_error_is_not(folder):
+def test_what_was_kept_or_failed_is_finished_and_an_error_is_not(folder, write_episode):
     write_episode(folder, 8, 5)
     folder.record(Attempt(8, 5, "success", 3, kept=True))
     folder.record(Attempt(8, 6, "failure", 220))
@@ -65,7 +51,7 @@ def test_what_was_kept_or_failed_is_finished_and_an_error_is_not(folder):
     assert (entry["failures"], entry["errors"]) == ({"6": 220}, {"7": "Traceback: it diverged"})
 
 
-def test_an_error_that_went_well_the_next_time_is_forgotten(folder):
+def test_an_error_that_went_well_the_next_time_is_forgotten(folder, write_episode):
     folder.record(Attempt(0, 1, "error", error="Traceback"))
     again = reopened(folder)
     write_episode(again, 0, 1)
@@ -106,7 +92,7 @@ def test_a_manifest_that_cannot_be_read_is_named(folder):
         reopened(folder)
 
 
-def test_the_manifest_has_counts_and_versions(folder):
+def test_the_manifest_has_counts_and_versions(folder, write_episode):
     for seed in (3, 11):
         write_episode(folder, 8, seed, steps=seed)
     again = reopened(folder)
@@ -118,7 +104,9 @@ def test_the_manifest_has_counts_and_versions(folder):
     assert {"mujoco", "robosuite", "libero"} <= manifest["provenance"].keys()
 
 
-def test_liberos_file_of_a_task_leads_to_every_episode_by_seed_wherever_the_folder_moves(folder, tmp_path):
+def test_liberos_file_of_a_task_leads_to_every_episode_wherever_the_folder_moves(
+    folder, write_episode, tmp_path
+):
     for seed in (11, 3):
         write_episode(folder, 8, seed, steps=seed)
     reopened(folder).summarise()
