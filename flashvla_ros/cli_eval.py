@@ -61,6 +61,8 @@ class Eval:
     """Steps without motion before an episode."""
     step_limit: int | None = None
     """Steps before an episode is a failure; the suite's if not given."""
+    through_ros: bool = False
+    """Play each episode through the LIBERO graph in lockstep (nodes, messages, gate), one after the other."""
     record_failures: bool = False
     """Keep a video of every failure and error."""
     retry_errors: bool = False
@@ -105,9 +107,8 @@ class Eval:
             record_failures=self.record_failures,
             retry_errors=self.retry_errors,
         )
-        return run_evaluation(
-            self.run_file or Path("runs") / f"{self.policy}.sqlite", config, keys, execution, self.json
-        )
+        path = self.run_file or Path("runs") / f"{self.policy}.sqlite"
+        return run_evaluation(path, config, keys, execution, through_ros=self.through_ros, json_output=self.json)
 
 
 @dataclass(frozen=True)

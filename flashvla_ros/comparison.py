@@ -35,6 +35,7 @@ def show_comparison(comparison: Comparison, names: tuple[str, str], json_output:
         table.add_row(f"{stage} ms: mean, p50, p99", *map(_latency, measured), change)
     console.print(table)
     console.print(f"McNemar's exact test: p = {comparison.p_value:.4g}, of {n} pairs", highlight=False)
+    console.print(f"the same actions to the bit, and the same outcome: {comparison.identical} of {n}", highlight=False)
     for side, keys in (("A", comparison.only_a), ("B", comparison.only_b)):
         if keys:
             console.print(f"solved by {side} alone: {', '.join(map(str, keys))}", highlight=False)

@@ -7,6 +7,7 @@ scripted expert runs beside its environment. Results are stored by the calling t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import warnings
@@ -193,6 +194,14 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
+def circumstances(workers: int, executor: str) -> dict[str, str]:
+    """What latency may depend on beside what an environment's provenance says."""
+    facts = {"workers": str(workers), "executor": executor}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        facts["torch"] = importlib.metadata.version("torch")
+    return facts
+
+
 def evaluate(
     path: Path | str,
     config: EvalConfig,
@@ -214,7 +223,7 @@ def evaluate(
     first = policy if policy is not None or expert else make_policy(config.policy, **config.options)
     env = config.env(first)
     record = execution.record_failures and bool(env.cameras)
-    facts = {**_versions(), "workers": str(execution.workers), "executor": execution.executor}
+    facts = circumstances(execution.workers, execution.executor)
     with Ledger(
         path, config.facts(env, first), keys, execution.retry_errors, execution.error_limit, on_progress
     ) as ledger:
@@ -257,10 +266,3 @@ def _policy_facts(policy: Policy | None) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def _versions() -> dict[str, str]:
-    try:
-        return {"torch": importlib.metadata.version("torch")}
-    except importlib.metadata.PackageNotFoundError:
-        return {}

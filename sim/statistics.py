@@ -66,6 +66,7 @@ class Comparison:
     """Two configurations on the same episodes.
 
     n: pairs of which neither side is an error.  successes: (A, B).
+    identical: pairs with the same outcome after the same actions, to the bit.
     only_a, only_b: discordant pairs, solved by one side alone.  errors: keys -> which sides ended in an error.
     p_value: McNemar's exact test.  success: change of the rate, from -1 to 1.
     latency, relative_latency: change of the mean of the policy's s a step, in s and as a share of A's; None where a
@@ -76,6 +77,7 @@ class Comparison:
 
     n: int
     successes: tuple[int, int]
+    identical: int
     only_a: tuple[EpisodeKey, ...]
     only_b: tuple[EpisodeKey, ...]
     errors: Mapping[EpisodeKey, str]
@@ -132,6 +134,7 @@ def compare_episodes(
     return Comparison(
         n=len(keys),
         successes=(int(solved[0].sum()), int(solved[1].sum())),
+        identical=sum(_identical(mine[key], theirs[key]) for key in keys),
         only_a=tuple(only[0]),
         only_b=tuple(only[1]),
         errors=errors,
@@ -146,6 +149,10 @@ def compare_episodes(
         stages=_stages([mine[key] for key in keys], [theirs[key] for key in keys]),
         notes=_notes([mine[key] for key in keys], [theirs[key] for key in keys]),
     )
+
+
+def _identical(a: EpisodeResult, b: EpisodeResult) -> bool:
+    return a.outcome == b.outcome and np.array_equal(a.actions, b.actions)
 
 
 def _totals(episodes: Iterable[EpisodeResult]) -> tuple[np.ndarray, np.ndarray]:

@@ -66,6 +66,12 @@ def test_discordant_pairs_are_listed_and_errors_left_out_of_both_sides() -> None
     assert comparison.success.value == 0.0
 
 
+def test_pairs_with_the_same_actions_are_counted() -> None:
+    a = outcomes("sfs")
+    moved = dataclasses.replace(a[0], actions=a[0].actions + np.float32(1e-7))
+    assert compare_episodes(a, [moved, *outcomes("sff")[1:]]).identical == 1
+
+
 def test_the_change_of_success_has_its_interval() -> None:
     comparison = compare_episodes(outcomes("s" * 60 + "f" * 40), outcomes("s" * 90 + "f" * 10))
     assert comparison.success.value == pytest.approx(0.3)
