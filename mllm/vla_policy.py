@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
 from mllm.preprocess import Preprocess
 from mllm.tokenizer import Tokenizer, WordTokenizer
 from mllm.vla import VLA, init_random
+
+
+# Checkpoints that come with the package.
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 @dataclass
@@ -205,15 +210,24 @@ def random_policy(name: str, seed: int, threads: int | None, dtype: torch.dtype 
     return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads)
 
 
-def mini_policy(checkpoint: str = "", seed: int = 0, threads: int | None = None, statistics: str = "") -> VLAPolicy:
+def mini_policy(
+    checkpoint: str = "",
+    seed: int | None = None,
+    threads: int | None = None,
+    statistics: str = "",
+    execute: int | None = None,
+) -> VLAPolicy:
     """The `mini` of the `flashvla.policies` group.
 
-    checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, random weights by `seed`.
-    threads, statistics: see `VLAPolicy`.
+    checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, the weights that come with the
+    package, or with a seed random ones.
+    threads, statistics, execute: see `VLAPolicy`.
     """
-    if not checkpoint:
+    if seed is not None:
+        if checkpoint:
+            raise PolicyError(f"seed is {seed} and checkpoint {checkpoint!r}: random weights, or these, not both")
         return random_policy("mini", seed, threads)
     from mllm.checkpoint import load_checkpoint
 
-    model, tokenizer = load_checkpoint(checkpoint)
-    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads)
+    model, tokenizer = load_checkpoint(checkpoint or WEIGHTS / "mini")
+    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads, execute=execute)

@@ -1,4 +1,4 @@
-"""DAgger in rounds (Ross, Gordon and Bagnell, 2011): the newest policy acts, the expert labels, and training goes on."""
+"""DAgger in rounds (Ross, Gordon and Bagnell, 2011): the policy acts, the expert labels, and training goes on."""
 
 from __future__ import annotations
 
