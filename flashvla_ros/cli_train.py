@@ -63,9 +63,7 @@ class Dagger:
         from mllm.training.config import read_train_config
         from sim.dagger_rounds import DaggerConfig, run_rounds
 
-        config = DaggerConfig(
-            self.suites, self.rounds, self.episodes, self.steps, self.weight, self.beta, self.workers
-        )
+        config = DaggerConfig(self.suites, self.rounds, self.episodes, self.steps, self.weight, self.beta, self.workers)
         last = run_rounds(read_train_config(self.config), config, self.runs, say, Line(), asked_to_stop())
         if last is not None:
             sys.stdout.write(f"{last}\n")

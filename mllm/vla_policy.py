@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,14 +15,11 @@ from mllm.config import VLAConfig, named_config
 from mllm.decoder import TokenHook
 from mllm.errors import PolicyError
 from mllm.generate import ActionDecoder
+from mllm.hf_config import WEIGHTS
 from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
 from mllm.preprocess import Preprocess
 from mllm.tokenizer import Tokenizer, WordTokenizer
 from mllm.vla import VLA, init_random
-
-
-# Checkpoints that come with the package.
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 @dataclass

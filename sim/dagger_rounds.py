@@ -77,9 +77,7 @@ def run_rounds(
     return runs / run.name / "checkpoint"
 
 
-def play(
-    checkpoint: Path, config: DaggerConfig, number: int, folder: Path, report: Callable[[Progress], None]
-) -> None:
+def play(checkpoint: Path, config: DaggerConfig, number: int, folder: Path, report: Callable[[Progress], None]) -> None:
     """Collects one round's episodes under `folder`. Raises PolicyError: an episode ended in an error."""
     options = {"checkpoint": str(checkpoint), "threads": 1}
     for suite in config.suites:
