@@ -52,11 +52,14 @@ setup(
     entry_points={
         "console_scripts": ["flashvla = flashvla_ros.cli:main"],
         "flashvla.policies": [
+            "blind = sim.ablation:Blind",
             "hold = mllm.policy:HoldPolicy",
             "mini = mllm.vla_policy:mini_policy",
+            "misled = sim.ablation:Misled",
             "replay = mllm.replay:ReplayPolicy",
         ],
     },
+    package_data={"mllm": ["weights/*/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

@@ -1,4 +1,4 @@
-"""Commands that train."""
+"""Commands that train, and that hand on what was learned."""
 
 from __future__ import annotations
 
@@ -70,6 +70,45 @@ class Dagger:
         return 0 if last is not None else 1
 
 
+@dataclass(frozen=True)
+class Ship:
+    """Write what a run has learned as a checkpoint for others: half precision, curves, and how it came about."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of a run of `flashvla train`."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+
+    def run(self) -> int:
+        from mllm.training.ship import ship
+
+        ship(self.run_folder, self.out)
+        sys.stdout.write(f"{self.out}\n")
+        return 0
+
+
+@dataclass(frozen=True)
+class Card:
+    """Write a checkpoint's README from its training and from evaluations of it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder that `flashvla ship` wrote."""
+    results: tuple[Path, ...]
+    """Runs of `flashvla eval`, one or several."""
+    blind: Path | None = None
+    """Such a run with --policy blind."""
+    misled: Path | None = None
+    """Such a run with --policy misled."""
+
+    def run(self) -> int:
+        from sim.card import write_card
+
+        taken = {"sight (grey images)": self.blind, "the instruction (another task's)": self.misled}
+        ablations = {name: path for name, path in taken.items() if path is not None}
+        sys.stdout.write(f"{write_card(self.checkpoint, self.results, ablations)}\n")
+        return 0
+
+
 def say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
@@ -83,4 +122,4 @@ def asked_to_stop() -> Callable[[], bool]:
     return lambda: bool(came)
 
 
-COMMANDS = {"train": Train, "dagger": Dagger}
+COMMANDS = {"train": Train, "dagger": Dagger, "ship": Ship, "card": Card}
