@@ -44,6 +44,8 @@ class Dagger:
     config: tyro.conf.Positional[Path]
     """YAML file of the first run, as for `flashvla train`."""
     suites: tuple[str, ...] = ("libero_spatial",)
+    tasks: str = "all"
+    """Indices such as 0,3,7, or all."""
     rounds: int = 2
     episodes: int = 10
     """For each task in each round."""
@@ -59,11 +61,20 @@ class Dagger:
     """Folder in which every run has a folder of its own."""
 
     def run(self) -> int:
-        from flashvla_ros.cli_data import Line
+        from flashvla_ros.cli_data import Line, parse_tasks
         from mllm.training.config import read_train_config
         from sim.dagger_rounds import DaggerConfig, run_rounds
 
-        config = DaggerConfig(self.suites, self.rounds, self.episodes, self.steps, self.weight, self.beta, self.workers)
+        config = DaggerConfig(
+            suites=self.suites,
+            tasks=parse_tasks(self.tasks),
+            rounds=self.rounds,
+            episodes=self.episodes,
+            steps=self.steps,
+            weight=self.weight,
+            beta=self.beta,
+            workers=self.workers,
+        )
         last = run_rounds(read_train_config(self.config), config, self.runs, say, Line(), asked_to_stop())
         if last is not None:
             sys.stdout.write(f"{last}\n")

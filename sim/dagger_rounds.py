@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mllm.errors import PolicyError
+from mllm.hf_config import load_config
 from mllm.training.config import TrainConfig
 from mllm.training.trainer import Trainer
 from sim.collect import CollectConfig, Progress, collect
@@ -19,7 +20,9 @@ SEEDS_OF_ROUND = 1_000_000
 
 @dataclass(frozen=True)
 class DaggerConfig:
-    """rounds: how often.  suites: whose tasks are played.  episodes: for each task in each round.
+    """rounds: how often.  suites: whose tasks are played, all of them or those of the indices `tasks`.
+
+    episodes: for each task in each round.
 
     steps: of the optimiser in each round, from the last round's averaged weights.
     weight: how much more often frames of the policy's own episodes are drawn than those of demonstrations.
@@ -27,6 +30,7 @@ class DaggerConfig:
     """
 
     suites: tuple[str, ...]
+    tasks: tuple[int, ...] = ()
     rounds: int = 2
     episodes: int = 10
     steps: int = 2000
@@ -79,14 +83,17 @@ def run_rounds(
 
 def play(checkpoint: Path, config: DaggerConfig, number: int, folder: Path, report: Callable[[Progress], None]) -> None:
     """Collects one round's episodes under `folder`. Raises PolicyError: an episode ended in an error."""
+    render = load_config(checkpoint).render
     options = {"checkpoint": str(checkpoint), "threads": 1}
     for suite in config.suites:
         collecting = CollectConfig(
             suite=suite,
+            tasks=config.tasks,
             episodes=config.episodes,
             seed=number * SEEDS_OF_ROUND,
             images="webp",
             policy=PolicyMix("mini", options, config.beta),
+            **render,  # type: ignore[arg-type]
         )
         end = collect(collecting, folder, config.workers, report)
         if end.errors:
