@@ -59,7 +59,7 @@ setup(
             "replay = mllm.replay:ReplayPolicy",
         ],
     },
-    package_data={"mllm": ["weights/*/*"]},
+    package_data={"mllm": ["weights/*/*", "training/configs/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),
