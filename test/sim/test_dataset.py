@@ -104,9 +104,7 @@ def test_the_manifest_has_counts_and_versions(folder, write_episode):
     assert {"mujoco", "robosuite", "libero"} <= manifest["provenance"].keys()
 
 
-def test_liberos_file_of_a_task_leads_to_every_episode_wherever_the_folder_moves(
-    folder, write_episode, tmp_path
-):
+def test_liberos_file_of_a_task_leads_to_every_episode_wherever_the_folder_moves(folder, write_episode, tmp_path):
     for seed in (11, 3):
         write_episode(folder, 8, seed, steps=seed)
     reopened(folder).summarise()
