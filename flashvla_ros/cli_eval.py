@@ -1,4 +1,4 @@
-"""The commands of evaluation: `eval`, `merge`."""
+"""The commands of evaluation."""
 
 from __future__ import annotations
 
@@ -164,4 +164,24 @@ class Compare:
         return 0
 
 
-COMMANDS = {"eval": Eval, "merge": Merge, "compare": Compare}
+@dataclass(frozen=True)
+class Report:
+    """Write an evaluation as one HTML page that needs no network: tables, plots, videos of failures, provenance."""
+
+    run_file: tyro.conf.Positional[Path]
+    """File of the run."""
+    out: Path | None = None
+    """Page to write; beside the run if not given."""
+    videos: int = 24
+    """Most videos in the page."""
+
+    def run(self) -> int:
+        from sim.report import write_report
+
+        out = self.out or self.run_file.with_suffix(".html")
+        write_report(self.run_file, out, self.videos)
+        sys.stdout.write(f"{out}\n")
+        return 0
+
+
+COMMANDS = {"eval": Eval, "merge": Merge, "compare": Compare, "report": Report}

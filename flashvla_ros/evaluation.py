@@ -50,7 +50,7 @@ def evaluate_through_ros(
 ) -> Progress:
     """`sim.evaluate.evaluate` with each episode played by the `libero` graph's nodes, one after the other.
 
-    Raises ConfigurationError: the expert, whose eyes are in the simulator, or workers that this has no use for.
+    Raises ConfigurationError: the expert, whose eyes are in the simulator, or videos, which only rollouts keep.
     """
     from flashvla_ros.ros_player import play_through_ros
     from flashvla_ros.session import Interrupted, interruptible, ros_context
@@ -59,6 +59,8 @@ def evaluate_through_ros(
         raise ConfigurationError(
             "the expert reads the simulator, so it cannot act through ROS: leave --through-ros out"
         )
+    if execution.record_failures:
+        raise ConfigurationError("episodes through ROS are not recorded: leave --record-failures or --through-ros out")
     policy = make_policy(config.policy, **config.options)
     env = config.env(policy)
     configuration = {**config.facts(env, policy), "through": "ros"}

@@ -149,9 +149,10 @@ class RunFile:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if write and not version and not tables:
-                connection.execute("PRAGMA journal_mode = WAL")
                 connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
                 version = _SCHEMA_VERSION
+            if write and version == _SCHEMA_VERSION:
+                connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
         except sqlite3.Error as error:
@@ -257,6 +258,11 @@ class RunFile:
 
     def close(self) -> None:
         """A second call does nothing."""
+        if self._lock is not None:
+            # A finished run is one plain file, which can be read where nothing may be written; somebody who reads it
+            # at this moment keeps the write-ahead log, which does no harm.
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("PRAGMA journal_mode = DELETE")
         self._connection.close()
         self._unlock()
 

@@ -122,12 +122,23 @@ def test_a_file_that_is_no_run_is_refused_and_kept(tmp_path: Path, content: byte
     assert path.read_bytes() == content
 
 
+def test_a_finished_run_is_one_file_that_reading_leaves_alone(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", result())
+    before = path.read_bytes()
+    with RunFile(path) as run:
+        assert len(list(run.episodes())) == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["run"]
+    assert path.read_bytes() == before
+
+
 def test_another_database_is_refused_for_writing(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other") as other:
         other.execute("CREATE TABLE mine (x)")
     other.close()
+    before = (tmp_path / "other").read_bytes()
     with pytest.raises(ConfigurationError, match="not a run"):
         RunFile(tmp_path / "other", write=True)
+    assert (tmp_path / "other").read_bytes() == before
 
 
 def test_a_missing_run_is_named(tmp_path: Path) -> None:
