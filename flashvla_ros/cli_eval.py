@@ -185,4 +185,45 @@ class Report:
         return 0
 
 
-COMMANDS = {"eval": Eval, "merge": Merge, "compare": Compare, "report": Report}
+@dataclass(frozen=True)
+class SwapObjects:
+    """Tell a policy another object's name in scenes of libero_object that hold both, and see to which one it goes."""
+
+    policy: str = "mini"
+    """Name of an installed policy."""
+    options: str = "{}"
+    """JSON object: keyword arguments of the policy's constructor."""
+    tasks: str = "all"
+    """all, or indices such as 0-3,7."""
+    states: str = "0-2"
+    """Initial states such as 20-29."""
+    json: bool = False
+    """Print the episodes as JSON on stdout."""
+
+    def run(self) -> int:
+        import json
+        from collections import Counter
+        from dataclasses import asdict
+
+        from mllm.policy import make_policy
+        from sim.schedule import parse_numbers, parse_tasks
+        from sim.swap import SUITE, play_swaps
+
+        policy = make_policy(self.policy, **json_object("--options", self.options))
+        tasks, states = parse_tasks(SUITE, self.tasks), parse_numbers(self.states, "--states")
+        episodes = []
+        for episode in play_swaps(policy, tasks, states):
+            episodes.append(episode)
+            said = f"task {episode.task} state {episode.init_state}: told {episode.told}, usually {episode.usual}"
+            sys.stderr.write(f"{said}; lifted {', '.join(episode.carried) or 'nothing'}\n")
+        went = Counter(episode.went for episode in episodes)
+        if self.json:
+            found = {"went": went, "episodes": [asdict(episode) for episode in episodes]}
+            sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        else:
+            counted = ", ".join(f"{role} {went[role]}" for role in ("told", "usual", "another", "none"))
+            sys.stdout.write(f"of {len(episodes)} episodes: {counted}\n")
+        return 0
+
+
+COMMANDS = {"swap": SwapObjects, "eval": Eval, "merge": Merge, "compare": Compare, "report": Report}

@@ -21,7 +21,7 @@ _NOT_PROVENANCE = ("suite", "task", "init_state", "mode", "error", "instruction"
 
 
 def graph_overrides(
-    env: EnvConfig, policy: str, options: Mapping[str, Any], key: EpisodeKey, trace: Path
+    env: EnvConfig, policy: str, options: Mapping[str, Any], key: EpisodeKey
 ) -> dict[str, dict[str, Any]]:
     """Parameters of the `libero` graph that make it play this episode."""
     topics = {camera: TOPICS.get(camera, camera) for camera in env.cameras}
@@ -37,7 +37,6 @@ def graph_overrides(
         "step_limit": env.step_limit or 0,
         "cameras": [f"{camera}={topic}" for camera, topic in topics.items()],
         "mode": "lockstep",
-        "trace_file": str(trace),
     }
     acting = {
         "policy": policy,
@@ -55,7 +54,9 @@ def play_through_ros(env: EnvConfig, policy: str, options: Mapping[str, Any], ke
     started = now()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.npz"
-        session = run_episode(graph_overrides(env, policy, options, key, trace))
+        overrides = graph_overrides(env, policy, options, key)
+        overrides["sim_bridge"]["trace_file"] = str(trace)
+        session = run_episode(overrides)
         actions = np.zeros((0, 7), np.float32)
         if trace.is_file():
             with np.load(trace, allow_pickle=False) as played:

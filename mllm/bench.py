@@ -158,7 +158,7 @@ class Baseline:
             min_new_tokens=model.config.action_tokens,
             do_sample=False,
         )
-        self._policy.command(self.tokens[0].cpu().numpy())
+        self._policy.command(self.tokens.cpu().numpy())
         lap()
         seconds = [after - before for before, after in pairwise(clock)]
         return dict(zip(("preprocess", "vision", "generate"), seconds, strict=True))

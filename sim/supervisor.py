@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import signal
-import socket
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,9 +15,9 @@ import numpy as np
 from mllm.policy import Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, EnvironmentFault
+from sim.process import end, start
 from sim.tasks import find_task
 
-_PR_SET_PDEATHSIG = 1
 _CLOSE_LIMIT = 5.0  # seconds
 
 
@@ -105,17 +100,7 @@ class SupervisedEnv:
         self.close()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = f"from sim.supervisor import _work; _work({theirs.fileno()}, {os.getpid()})"
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__.fileno() if sys.__stderr__ is not None else subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            )
-        self._connection = Connection(ours.detach())
+        self._process, self._connection = start(__name__)
         self._provenance = {}
         self._exchange("start", self._start_limit, (self._factory, self.config), {})
 
@@ -158,24 +143,11 @@ class SupervisedEnv:
             connection.close()
         if process is None:
             return "was not running"
-        try:
-            # A worker that has crashed has closed its end already; a moment lets the kernel report how.
-            code = process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return "stopped answering"
-        return f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return end(process)
 
 
-def _work(handle: int, parent: int) -> None:
+def _work(connection: Connection) -> None:
     """The worker's life: answers (method, args, kwargs) until the other end closes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes this end
-    connection = Connection(handle)
     env: LiberoEnv | None = None
     while True:
         try:
