@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -38,16 +37,16 @@ class Eval:
     """Draw fresh states: the numbers are seeds instead of official initial states."""
     seed: int = 0
     """Places the fixtures, which official initial states leave open."""
-    run_file: Annotated[Path | None, tyro.conf.arg(name="run")] = None
-    """File of the run (.sqlite); runs/POLICY.sqlite if not given."""
+    run_file: tyro.conf.Positional[Path | None] = None
+    """File of the run (.sqlite), before any option; runs/POLICY.sqlite if not given."""
     variant: str = ""
     """Name of this configuration within the file, where it has several."""
     workers: int = 2
     """Environments at once, each a process."""
     executor: str = "process"
     """process (this machine) or ray (a Ray cluster)."""
-    max_batch: int = 64
-    """Observations that the policy answers in one call at most; 1 makes actions independent of --workers to the bit."""
+    max_batch: int = 1
+    """Observations that the policy answers in one call at most; more is faster on a GPU, and changes the last bits."""
     in_a_row: int = 5
     """Episodes of one task before a worker builds the next task's environment."""
     renderer: str | None = None

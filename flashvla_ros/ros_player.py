@@ -72,7 +72,7 @@ def play_through_ros(env: EnvConfig, policy: str, options: Mapping[str, Any], ke
         finished=now(),
         actions=actions,
         timing=_timing(session, len(actions)),
-        provenance={**circumstances(workers=1, executor="ros"), **facts},
+        provenance={**circumstances(workers=1, max_batch=1, executor="ros"), **facts},
         error=(outcome.facts.get("error") or "the bridge gave no reason") if outcome.outcome == "error" else None,
     )
 

@@ -97,8 +97,9 @@ class Execution:
     """How episodes are played; none of it changes what they mean, only how fast they pass and what is kept.
 
     workers: environments at once, each a process.  executor: "process" (this machine) or "ray" (a Ray cluster).
-    max_batch: observations that a shared policy answers in one call at most. A larger batch can change the last bits
-        of its numbers: 1 gives the same actions whatever the number of workers.
+    max_batch: observations that a shared policy answers in one call at most. With 1, latency is that of one robot, and
+        the same command gives the same actions; a larger batch is faster on a GPU, but its size, which depends on who
+        happens to wait, changes the last bits of the numbers.
     in_a_row: episodes of one task that a worker plays before it builds the next task's environment.
     record_failures: keep a video of every failure and error of a policy with cameras.
     retry_errors: play episodes again that the run has as errors.
@@ -108,7 +109,7 @@ class Execution:
 
     workers: int = 2
     executor: str = "process"
-    max_batch: int = 64
+    max_batch: int = 1
     in_a_row: int = 5
     record_failures: bool = False
     retry_errors: bool = False
@@ -194,9 +195,9 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def circumstances(workers: int, executor: str) -> dict[str, str]:
+def circumstances(workers: int, max_batch: int, executor: str) -> dict[str, str]:
     """What latency may depend on beside what an environment's provenance says."""
-    facts = {"workers": str(workers), "executor": executor}
+    facts = {"workers": str(workers), "max_batch": str(max_batch), "executor": executor}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         facts["torch"] = importlib.metadata.version("torch")
     return facts
@@ -223,7 +224,7 @@ def evaluate(
     first = policy if policy is not None or expert else make_policy(config.policy, **config.options)
     env = config.env(first)
     record = execution.record_failures and bool(env.cameras)
-    facts = circumstances(execution.workers, execution.executor)
+    facts = circumstances(execution.workers, execution.max_batch, execution.executor)
     with Ledger(
         path, config.facts(env, first), keys, execution.retry_errors, execution.error_limit, on_progress
     ) as ledger:

@@ -16,7 +16,7 @@ from sim.results import RunFile
 
 FLASHVLA = [sys.executable, "-m", "flashvla_ros.cli"]
 # Blind and short, so that an episode takes no time once its scene is built.
-EVAL = ["eval", "--policy", "hold", "--suite", "libero_object", "--cameras", "--step-limit", "4", "--settle-steps", "1"]
+SETTING = ["--policy", "hold", "--suite", "libero_object", "--cameras", "--step-limit", "4", "--settle-steps", "1"]
 
 
 def run(*arguments: object, timeout: float = 250) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,7 @@ def run(*arguments: object, timeout: float = 250) -> subprocess.CompletedProcess
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in the middle, gone on with, and finished."""
     path = tmp_path_factory.mktemp("runs") / "run.sqlite"
-    command = [*FLASHVLA, *EVAL, "--tasks", "0", "--trials", "6", "--workers", "1", "--run", str(path)]
+    command = [*FLASHVLA, "eval", str(path), *SETTING, "--tasks", "0", "--trials", "6", "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stdout is not None
     for line in process.stdout:
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with RunFile(path) as run_file:
         before = {episode.key: episode.finished for episode in run_file.episodes()}
     assert 2 <= len(before) < 6
-    result = run(*EVAL, "--tasks", "0", "--trials", "6", "--workers", "1", "--json", "--run", path)
+    result = run("eval", path, *SETTING, "--tasks", "0", "--trials", "6", "--workers", "1", "--json")
     assert result.returncode == 0, result.stderr
     with RunFile(path) as run_file:
         after = {episode.key: episode.finished for episode in run_file.episodes()}
@@ -57,7 +57,7 @@ def test_a_killed_command_goes_on_where_it_was_with_nothing_lost_or_doubled(fini
 
 
 def test_a_changed_setting_is_refused_by_name(finished: Path) -> None:
-    result = run(*EVAL, "--tasks", "0", "--trials", "6", "--step-limit", "5", "--run", finished)
+    result = run("eval", finished, *SETTING, "--tasks", "0", "--trials", "6", "--step-limit", "5")
     assert result.returncode == 2
     assert "env.step_limit was 4, is 5" in result.stderr
 
@@ -99,11 +99,11 @@ def test_episodes_through_ros_equal_those_in_process(ros_environment: None, tmp_
     from flashvla_ros.paths import demo_episode
 
     options = json.dumps({"episode": str(demo_episode()), "after_end": "hold"})
-    setting = ["eval", "--policy", "replay", "--options", options, "--tasks", "0", "--states", "0-1"]
+    setting = ["--policy", "replay", "--options", options, "--tasks", "0", "--states", "0-1"]
     setting += ["--image-size", "16", "--renderer", "fast", "--step-limit", "8"]
-    played = run(*setting, "--through-ros", "--run", tmp_path / "ros.sqlite")
+    played = run("eval", tmp_path / "ros.sqlite", *setting, "--through-ros")
     assert played.returncode == 0, played.stderr + played.stdout
-    assert run(*setting, "--workers", "1", "--run", tmp_path / "process.sqlite").returncode == 0
+    assert run("eval", tmp_path / "process.sqlite", *setting, "--workers", "1").returncode == 0
     compared = json.loads(run("compare", tmp_path / "ros.sqlite", tmp_path / "process.sqlite", "--json").stdout)
     assert (compared["n"], compared["identical"]) == (2, 2)
     with RunFile(tmp_path / "ros.sqlite") as run_file:

@@ -95,9 +95,9 @@ def test_a_shared_policy_answers_from_one_thread_and_every_step_is_kept(tmp_path
         assert {"mujoco", "renderer", "workers"} <= set(episode.provenance)
 
 
-def test_max_batch_limits_a_call(tmp_path: Path) -> None:
+def test_a_policy_answers_one_episode_a_call_unless_told_otherwise(tmp_path: Path) -> None:
     policy = CountingPolicy()
-    evaluate(tmp_path / "run", CONFIG, KEYS, Execution(workers=2, max_batch=1), policy)
+    evaluate(tmp_path / "run", CONFIG, KEYS, Execution(workers=2), policy)
     assert set(policy.batches) == {1}
 
 
