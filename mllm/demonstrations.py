@@ -164,7 +164,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror or error}: {path} was not written", str(path)) from error
+            raise OSError(error.errno, f"{error.strerror or error}: {path} was not written") from error
         raise
 
 
@@ -174,7 +174,7 @@ def _fill(file: h5py.File, demo: Demonstration, images: str) -> None:
     gripper, joints, position, quaternion = (
         np.asarray(demo.proprio[name], np.float64) for name in ("gripper_qpos", "joint_pos", "eef_pos", "eef_quat")
     )
-    orientation = _axis_angle(quaternion)
+    orientation = axis_angle(quaternion)
     arrays = {
         "actions": np.asarray(demo.actions, np.float64),
         "executed": np.asarray(demo.executed, np.float64),
@@ -237,6 +237,11 @@ def layout_attributes(
         "num_demos": demos,
         "total": total,
     }
+
+
+def demonstration_files(root: str | Path) -> list[Path]:
+    """Every episode under a folder, in the order of their paths: by suite, task and seed."""
+    return sorted(Path(root).rglob("seed_*.hdf5"))
 
 
 def read_demonstration(path: str | Path, decode: bool = False) -> Demonstration:
@@ -305,7 +310,7 @@ def _build(stored: Mapping[str, Any], named: dict[str, Any], decode: bool) -> De
     )
 
 
-def _axis_angle(quaternions: np.ndarray) -> np.ndarray:
+def axis_angle(quaternions: np.ndarray) -> np.ndarray:
     """(T, 3) rad of (T, 4) xyzw: robosuite's `quat2axisangle`, which keeps the sign of w in the angle (0 to 2 pi)."""
     w = np.clip(quaternions[:, 3:], -1.0, 1.0)
     sine = np.sqrt(1.0 - w * w)

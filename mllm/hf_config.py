@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from mllm.config import BACKBONES, DecoderConfig, ImageConfig, TowerConfig, VLAC
 from mllm.errors import PolicyError
 
 MAX_JSON = 16 << 20
+CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
+# Checkpoints that come with the package.
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 # What a Llama configuration may say only in this way, as the decoder knows no other.
 FIXED = {
     "model_type": "llama",
@@ -39,6 +42,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise PolicyError(f"{path} holds a {type(read).__name__}: it must be a JSON object")
     return read
+
+
+def load_config(folder: Path) -> VLAConfig:
+    """The configuration of a checkpoint, with the statistics of its data set file where it has one."""
+    config = config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+    path = folder / STATISTICS
+    if not path.is_file():
+        return config
+    try:
+        return replace(config, statistics=statistics_from_hf(read_json(path), str(path)))
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
 
 
 def part(mapping: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:

@@ -16,6 +16,7 @@ from mllm.decoder import TokenHook
 from mllm.engine import compile_model
 from mllm.errors import PolicyError
 from mllm.generate import ActionDecoder
+from mllm.hf_config import WEIGHTS
 from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
 from mllm.preprocess import Preprocess
 from mllm.tokenizer import Tokenizer, WordTokenizer
@@ -219,24 +220,28 @@ def random_policy(
 
 def mini_policy(
     checkpoint: str = "",
-    seed: int = 0,
+    seed: int | None = None,
     threads: int | None = None,
     statistics: str = "",
+    execute: int | None = None,
     dtype: str = "float32",
     compile: bool = False,
 ) -> VLAPolicy:
     """The `mini` of the `flashvla.policies` group.
 
-    checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, random weights by `seed`.
-    dtype: "float32", or "bfloat16", which is faster where the processor multiplies it and rounds to three digits.
-    threads, statistics, compile: see `VLAPolicy`.
+    checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, the weights that come with the
+    package, or with a seed random ones.
+    dtype: "float32", or "bfloat16", which rounds to three digits and is faster where the processor multiplies it.
+    threads, statistics, execute, compile: see `VLAPolicy`.
     """
     if dtype not in ("float32", "bfloat16"):
         raise PolicyError(f"dtype is {dtype!r}: choose float32 or bfloat16")
     precision = getattr(torch, dtype)
-    if not checkpoint:
+    if seed is not None:
+        if checkpoint:
+            raise PolicyError(f"seed is {seed} and checkpoint {checkpoint!r}: random weights, or these, not both")
         return random_policy("mini", seed, threads, precision, compile)
     from mllm.checkpoint import load_checkpoint
 
-    model, tokenizer = load_checkpoint(checkpoint, dtype=precision)
-    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads, compile=compile)
+    model, tokenizer = load_checkpoint(checkpoint or WEIGHTS / "mini", dtype=precision)
+    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads, execute=execute, compile=compile)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mllm.demonstrations import CAMERAS, IMAGE_FORMATS, Demonstration, write_demonstration
-from sim.dataset import SuiteFolder
+from mllm.demonstrations import CAMERAS, IMAGE_FORMATS, write_demonstration
+from sim.dagger import MixedPolicy, PolicyMix
+from sim.dataset import Attempt, SuiteFolder
+from sim.demonstrate import demonstrate
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError
-from sim.executor import Executor, Noise, NoisyExpert
-from sim.expert import make_expert
-from sim.tasks import SUITES, find_task, suite_tasks
+from sim.executor import Noise, NoisyExpert
+from sim.tasks import find_task, suite_tasks
 from sim.workers import Pool
+
+Job = tuple[int, int]  # task, seed
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class CollectConfig:
     tasks: indices; none means all.  episodes: attempted for each task, with the seeds `seed` to `seed + episodes - 1`.
     images: "raw" or "webp", see `mllm.demonstrations`.  renderer, stepper, image_size, step_limit: see
     `sim.env.EnvConfig`.
-    noise: of the executed actions.
+    policy: who acts; None is the expert, disturbed by `noise`.
     turn: episodes of one task before the next one has its turn: few keep a stopped collection balanced, and many build
     fewer scenes, which takes about as long as an episode.
     """
@@ -47,10 +48,11 @@ class CollectConfig:
     image_size: int = 128
     step_limit: int | None = None
     noise: Noise = field(default_factory=Noise)
+    policy: PolicyMix | None = None
     turn: int = 5
 
     def __post_init__(self) -> None:
-        tasks = self.tasks or tuple(range(len(suite_tasks(self.suite))))
+        tasks = self.tasks or range(len(suite_tasks(self.suite)))
         object.__setattr__(self, "tasks", tuple(find_task(self.suite, task).index for task in tasks))
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigurationError(f"CollectConfig.tasks names one twice: {self.tasks}")
@@ -64,6 +66,7 @@ class CollectConfig:
         self.env(self.tasks[0])
 
     def env(self, task: int) -> EnvConfig:
+        """The environment of a task. Raises ConfigurationError: see `sim.env.EnvConfig`."""
         return EnvConfig(
             suite=self.suite,
             task=task,
@@ -75,140 +78,68 @@ class CollectConfig:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What every episode of one folder has in common."""
+        """What all episodes of one folder have in common."""
         varying = ("tasks", "episodes", "seed", "turn")
         return {name: value for name, value in asdict(self).items() if name not in varying}
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """How one episode ended. outcome: "success", "failure" or "error".  kept: whether its file was written."""
-
-    task: int
-    seed: int
-    outcome: str
-    steps: int
-    kept: bool
-    error: str = ""
-
-
-@dataclass(frozen=True)
 class Progress:
-    """done: episodes of `total` that need no more work, `before` of them from an earlier run.  seconds: since start."""
+    """How far a collection is.
+
+    done: episodes of `total` that need no more work, `before` of them from earlier runs.
+    successes, failures, errors: of this run.  frames: that it kept.  seconds: since it began.
+    """
 
     total: int
     before: int
     done: int
-    successes: int
-    failures: int
-    errors: int
-    frames: int
-    seconds: float
-    latest: Attempt | None = None
+    successes: int = 0
+    failures: int = 0
+    errors: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+
+    def after(self, attempt: Attempt, seconds: float) -> Progress:
+        return replace(
+            self,
+            done=self.done + 1,
+            successes=self.successes + (attempt.outcome == "success"),
+            failures=self.failures + (attempt.outcome == "failure"),
+            errors=self.errors + (attempt.outcome == "error"),
+            frames=self.frames + attempt.steps * attempt.kept,
+            seconds=seconds,
+        )
 
     @property
     def seconds_left(self) -> float:
+        """At the rate so far; NaN before the first episode."""
         made = self.done - self.before
         return self.seconds / made * (self.total - self.done) if made else float("nan")
 
 
-def collect_episode(env: LiberoEnv, executor: Executor, seed: int) -> Demonstration:
-    """One episode from a reset sampled by `seed`: `executor` acts, the expert labels.
-
-    Raises what the expert, the executor or the environment raises.
-    """
-    observation, _ = env.reset(seed=seed, options={"init_state": "sampled"})
-    expert = make_expert(env)
-    expert.reset(env.task.language)
-    executor.reset(env.task.language, np.random.default_rng([seed, SUITES.index(env.task.suite), env.task.index]))
-    images: dict[str, list[np.ndarray]] = {name: [] for name in observation["images"]}
-    proprio: dict[str, list[np.ndarray]] = {name: [] for name in ("eef_pos", "eef_quat", "gripper_qpos", "joint_pos")}
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in ("actions", "executed", "states", "targets")}
-    phases: list[str] = []
-    done = success = False
-    while not done:
-        seen = env.observation_for_policy(observation)
-        label = np.asarray(expert.act(seen).action, np.float64)
-        action = executor.executed(label, seen, len(phases))
-        for name, image in observation["images"].items():
-            images[name].append(image)
-        for name, values in proprio.items():
-            values.append(observation["proprio"][name])
-        for name, row in (
-            ("actions", label),
-            ("executed", action),
-            ("states", env.state()),
-            ("targets", expert.targets),
-        ):
-            rows[name].append(row)
-        phases.append(expert.phase)
-        observation, _, success, truncated, _ = env.step(action)
-        done = success or truncated
-    names = tuple(dict.fromkeys(phases))
-    return Demonstration(
-        images={name: np.stack(frames) for name, frames in images.items()},
-        proprio={name: np.array(values, np.float64) for name, values in proprio.items()},
-        actions=np.array(rows["actions"]),
-        executed=np.array(rows["executed"], np.float64),
-        states=np.array(rows["states"]),
-        targets=np.array(rows["targets"], np.float32),
-        phases=np.array([names.index(phase) for phase in phases], np.int8),
-        phase_names=names,
-        instruction=env.task.language,
-        suite=env.task.suite,
-        task=env.task.index,
-        seed=seed,
-        outcome="success" if success else "failure",
-        source=executor.source,
-        env_args=_env_args(env),
-        provenance=env.provenance(),
-    )
-
-
-def _env_args(env: LiberoEnv) -> dict[str, Any]:
-    """What robomimic makes the environment from, as LIBERO writes it."""
-    problem = env.privileged().domain.parsed_problem["problem_name"]
-    bddl = f"{env.task.bddl_file.parent.name}/{env.task.bddl_file.name}"
-    names = list(env.config.cameras)
-    size = env.config.image_size
-    return {
-        "type": 1,
-        "env_name": problem,
-        "problem_name": problem,
-        "bddl_file": bddl,
-        "env_kwargs": {
-            "robots": ["Panda"],
-            "camera_names": names,
-            "camera_heights": size,
-            "camera_widths": size,
-            "control_freq": 20,
-            "bddl_file_name": bddl,
-        },
-    }
-
-
 class Collector:
-    """What a worker process runs: episodes of one task at a time, in one environment."""
+    """What a worker process runs: one episode after the other, in one environment while the task stays the same."""
 
     def __init__(self, config: CollectConfig, root: Path) -> None:
         self._config, self._folder = config, SuiteFolder(root, config.suite)
         self._env: LiberoEnv | None = None
-        self._executor: Executor = NoisyExpert(config.noise)
+        self._executor = MixedPolicy(config.policy) if config.policy else NoisyExpert(config.noise)
 
-    def __call__(self, job: tuple[int, int]) -> Attempt:
-        """Makes, and writes, the episode (task, seed). A fault of the episode is an outcome.
+    def __call__(self, job: Job) -> Attempt:
+        """Plays an episode and writes it. A fault in it is an outcome, with its traceback.
 
         Raises ConfigurationError: the expert cannot do the task.  Raises OSError: the file cannot be written.
         """
         task, seed = job
         env = self._environment(task)
         try:
-            demonstration = collect_episode(env, self._executor, seed)
+            demonstration = demonstrate(env, self._executor, seed)
         except ConfigurationError:
             raise
-        except Exception:  # of the simulator, the expert or a policy: reported with its traceback
+        except Exception:  # of the simulator, the expert or a policy
             self.close()
-            return Attempt(task, seed, "error", 0, False, traceback.format_exc())
+            return Attempt(task, seed, "error", error=traceback.format_exc())
         kept = demonstration.success or self._executor.keeps_failures
         if kept:
             write_demonstration(self._folder.episode(task, seed), demonstration, self._config.images)
@@ -221,6 +152,7 @@ class Collector:
         return self._env
 
     def close(self) -> None:
+        """Frees the environment; the next call makes another."""
         if self._env is not None:
             self._env.close()
             self._env = None
@@ -235,61 +167,39 @@ def collect(
 ) -> Progress:
     """Collects what is missing in `out`, see `sim.dataset` for what lies where, and returns how it went.
 
-    An episode that raises, hangs for `episode_limit` seconds, or takes its process with it is an error in the manifest,
-    tried again by the next run; one that fails is not.
+    An episode that raises, takes longer than `episode_limit` seconds, or takes its process with it is an error in the
+    manifest, and tried again by the next run; one that fails is not.
     Raises ConfigurationError: other settings than the folder's, a folder in use, or a task that the expert cannot do.
-    Raises OSError: a file cannot be written.  Raises PolicyError: a file in the folder is damaged. Whatever it raises,
-    finished episodes stay.
+    Raises PolicyError: a policy that cannot be made, or a damaged file in the folder.
+    Raises OSError: a file cannot be written. Whatever it raises, finished episodes stay.
     """
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}: it must be at least 1")
     folder = SuiteFolder(out, config.suite)
     with folder.locked():
-        folder.begin(config.settings())
-        seeds = range(config.seed, config.seed + config.episodes)
-        finished = {task: folder.finished(task) for task in config.tasks}
-        units = [
-            [(task, seed) for seed in seeds[first : first + config.turn] if seed not in finished[task]]
-            for first in range(0, config.episodes, config.turn)
-            for task in config.tasks
-        ]
-        units = [unit for unit in units if unit]
-        total = len(seeds) * len(config.tasks)
+        folder.begin(config.settings(), config.tasks)
+        units = [[job for job in unit if not folder.finished(*job)] for unit in _turns(config)]
+        total = config.episodes * len(config.tasks)
         before = total - sum(map(len, units))
+        state = Progress(total, before, done=before)
+        progress(state)
         started = time.monotonic()
-        counts = {"success": 0, "failure": 0, "error": 0}
-        done, frames = before, 0
-
-        def state(latest: Attempt | None) -> Progress:
-            return Progress(
-                total,
-                before,
-                done,
-                counts["success"],
-                counts["failure"],
-                counts["error"],
-                frames,
-                time.monotonic() - started,
-                latest,
-            )
-
-        progress(state(None))
         try:
-            for attempt in _attempts(config, out, units, workers, episode_limit):
-                done += 1
-                counts[attempt.outcome] += 1
-                frames += attempt.steps if attempt.kept else 0
-                folder.record(attempt)
-                progress(state(attempt))
+            with Pool("sim.collect", "Collector", (config, out), workers, episode_limit) as pool:
+                for (task, seed), answer in pool.run(units):
+                    fault = Attempt(task, seed, "error", error=str(answer))
+                    attempt = answer if isinstance(answer, Attempt) else fault
+                    folder.record(attempt)
+                    state = state.after(attempt, time.monotonic() - started)
+                    progress(state)
         finally:
-            folder.summarise(config.tasks)
-        return state(None)
+            folder.summarise()
+    return state
 
 
-def _attempts(
-    config: CollectConfig, out: Path, units: list[list[tuple[int, int]]], workers: int, limit: float
-) -> Iterator[Attempt]:
-    with Pool("sim.collect", "Collector", (config, out), workers, limit) as pool:
-        for job, answer in pool.run(units):
-            task, seed = job
-            yield answer if isinstance(answer, Attempt) else Attempt(task, seed, "error", 0, False, str(answer))
+def _turns(config: CollectConfig) -> Iterator[list[Job]]:
+    """Every episode, a turn of each task after the other."""
+    end = config.seed + config.episodes
+    for first in range(config.seed, end, config.turn):
+        for task in config.tasks:
+            yield [(task, seed) for seed in range(first, min(first + config.turn, end))]

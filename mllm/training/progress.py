@@ -89,8 +89,10 @@ def draw_curves(folder: Path) -> None:
     names = sorted({name.split("/")[1] for row in rows for name in row if "/" in name} - {"loss"})
     if not names:
         return
-    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    rows_of_plots = -(-len(names) // 3)
+    figure = Figure(figsize=(11, 3 * rows_of_plots), layout="constrained")
+    plots = figure.subplots(rows_of_plots, 3, squeeze=False).flat
+    for axes, name in zip(plots, names, strict=False):
         for kind in ("train", "held_out"):
             points = [(row["step"], row[f"{kind}/{name}"]) for row in rows if f"{kind}/{name}" in row]
             if points:

@@ -125,13 +125,9 @@ class Trainer:
         saved = time.monotonic()
         with parallel(self.learner, self.ranks, self.device) as forward:
             for batch, generator in self._batches(until):
-                counter = FlopCounterMode(display=False) if self.progress and self.progress.flops is None else None
-                if counter is not None:
-                    with counter:
-                        losses = self._descend(forward, batch, generator)
-                    self.progress.flops = counter.get_total_flops() * self.ranks  # type: ignore[union-attr]
-                else:
-                    losses = self._descend(forward, batch, generator)
+                if self.progress is not None and self.progress.flops is None:
+                    self.progress.flops = self._count_flops(batch) * self.ranks
+                losses = self._descend(forward, batch, generator)
                 self.step += 1
                 if not torch.isfinite(losses["loss"]):
                     raise PolicyError(
@@ -164,6 +160,15 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.learner.parameters()), 1 - decay)
         return {name: value.detach() for name, value in losses.items()}
+
+    def _count_flops(self, batch: Batch) -> int:
+        """Of one step's forward and backward pass. A pass of its own: counting takes other kernels, which round
+        otherwise.
+        """
+        with FlopCounterMode(display=False) as counter:
+            self.learner(batch)["loss"].backward()
+        self.learner.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
 
     @torch.no_grad()
     def validate(self, samples: int = 512) -> dict[str, float]:

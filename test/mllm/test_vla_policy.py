@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from mllm.actions import ActionStatistics  # noqa: E402
 from mllm.config import named_config  # noqa: E402
 from mllm.decoder import Kept  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.policy import Observation, Policy, check_action, make_policy  # noqa: E402
 from mllm.tokenizer import BEFORE_ACTION, LIBERO_WORDS, LlamaTokenizer, WordTokenizer, openvla_prompt  # noqa: E402
+from mllm.vla import VLA, init_random  # noqa: E402
 from mllm.vla_policy import VLAPolicy, make_example, mini_policy  # noqa: E402
 
 TASK = "pick up the black bowl between the plate and the ramekin and place it on the plate"
@@ -23,7 +26,7 @@ TASK = "pick up the black bowl between the plate and the ramekin and place it on
 
 @pytest.fixture(scope="module")
 def policy():
-    return mini_policy(threads=2)
+    return mini_policy(seed=0, threads=2)
 
 
 def noise(seed):
@@ -33,7 +36,7 @@ def noise(seed):
 
 
 def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
-    policy = make_policy("mini")
+    policy = make_policy("mini", seed=0)
     assert isinstance(policy, Policy)
     policy.reset(TASK)
     step = policy.act(noise(0))
@@ -78,7 +81,7 @@ def test_an_answer_depends_on_nothing_that_came_before(policy):
 
 
 def test_acting_before_a_reset_is_an_error_and_warming_up_is_not():
-    policy = mini_policy()
+    policy = mini_policy(seed=0)
     policy.warm_up()
     with pytest.raises(PolicyError, match="call reset"):
         policy.act(make_example(policy.config))
@@ -212,3 +215,94 @@ def test_the_interface_is_imported_without_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    statistics = ActionStatistics((-1.0,) * 5, (1.0,) * 5)
+    config = replace(
+        named_config("mini"),
+        decoding="slots",
+        chunk=4,
+        execute=3,
+        head="regression",
+        proprio=("eef_pos", "gripper_qpos"),
+        proprio_statistics=statistics,
+        render={"renderer": "fast", "image_size": 128},
+    )
+    return VLAPolicy(init_random(VLA(config), 0), WordTokenizer())
+
+
+def with_proprio(seed):
+    generator = np.random.default_rng(seed)
+    proprio = {"eef_pos": generator.uniform(-1, 1, 3), "gripper_qpos": generator.uniform(-1, 1, 2)}
+    return replace(noise(seed), proprio=proprio)
+
+
+def test_a_chunk_is_carried_out_before_the_model_looks_again(chunked):
+    chunked.reset(TASK)
+    steps = [chunked.act(with_proprio(seed)) for seed in range(4)]
+    assert [step.flags["chunk_step"] for step in steps] == [0, 1, 2, 0]
+    assert [bool(step.timing) for step in steps] == [True, False, False, True]
+    texts = [chunked.tokenizer.prompt(TASK)]
+    observation = with_proprio(0)
+    pixels = torch.from_numpy(chunked.preprocess(observation.images))[None]
+    proprio = torch.from_numpy(np.concatenate(list(observation.proprio.values())))[None].float()
+    answer = chunked.decoder.generate(pixels, texts, proprio)[0].clamp(-1, 1)
+    np.testing.assert_allclose(np.stack([step.action for step in steps[:3]]), answer[:3].numpy(), atol=1e-6)
+
+
+def test_several_episodes_at_once_get_the_answers_that_each_gets_alone(chunked):
+    words = [TASK, "open the drawer", "pick up the milk"]
+    alone = []
+    for number, instruction in enumerate(words):
+        chunked.reset(instruction)
+        alone.append([chunked.act(with_proprio(10 * number + step)).action for step in range(5)])
+    episodes = [chunked.begin(instruction) for instruction in words]
+    chunked.act_batch(episodes[:1], [with_proprio(0)])  # the first is a step ahead, so that looks and chunks mix
+    together = [
+        [step.action for step in chunked.act_batch(episodes, [with_proprio(s + (i == 0) + 10 * i) for i in range(3)])]
+        for s in range(4)
+    ]
+    for number in range(3):
+        ahead = int(number == 0)
+        for step in range(4):
+            np.testing.assert_allclose(together[step][number], alone[number][step + ahead], atol=1e-5)
+
+
+def test_the_answer_depends_on_proprioception_which_must_be_there(chunked):
+    chunked.reset(TASK)
+    seen = with_proprio(0)
+    first = chunked.act(seen).action
+    chunked.reset(TASK)
+    assert not np.array_equal(chunked.act(replace(seen, proprio=with_proprio(1).proprio)).action, first)
+    chunked.reset(TASK)
+    with pytest.raises(PolicyError, match="lacks proprioception 'gripper_qpos'; it has eef_pos"):
+        chunked.act(replace(seen, proprio={"eef_pos": np.zeros(3)}))
+
+
+def test_a_chunked_checkpoint_says_all_that_it_was_trained_with(chunked, tmp_path):
+    from mllm.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path, chunked.model, chunked.tokenizer)
+    loaded = make_policy("mini", checkpoint=str(tmp_path))
+    assert loaded.config == chunked.config
+    assert loaded.render == {"renderer": "fast", "image_size": 128}
+    for each in (chunked, loaded):
+        each.reset(TASK)
+    assert np.array_equal(loaded.act(with_proprio(2)).action, chunked.act(with_proprio(2)).action)
+    with pytest.raises(PolicyError, match="execute is 9: it must be from 1 to the model's chunk of 4"):
+        make_policy("mini", checkpoint=str(tmp_path), execute=9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "regression", "decoding": "full"}, "it must be 'slots'"),
+        ({"decoding": "slots", "chunk": 4, "execute": 5}, "execute is 5"),
+        ({"proprio": ("eef_pos",)}, "one needs the other"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(change, message):
+    with pytest.raises(PolicyError, match=message):
+        replace(named_config("mini"), **change)

@@ -1,78 +1,11 @@
-"""A made-up world that is quick to learn: an image with a bright square, and actions that point at it."""
+"""Runs that take a second."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-
-from mllm.demonstrations import Demonstration, write_demonstration
-
-PHASES = ("approach", "close", "lost")
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-
-
-def demonstration(seed: int, steps: int = 12, source: str = "expert", size: int = 32) -> Demonstration:
-    generator = np.random.default_rng(seed)
-    place = generator.uniform(-1, 1, 2)
-    images = np.full((steps, size, size, 3), 40, np.uint8)
-    row, column = ((place + 1) / 2 * (size - 8)).astype(int)
-    images[:, row : row + 8, column : column + 8] = (220, 30, 30)
-    actions = np.zeros((steps, 7))
-    actions[:, :2] = place
-    actions[:, 6] = np.where(np.arange(steps) < steps // 2, -1, 1)
-    proprio = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2, "joint_pos": 7}
-    phases = np.where(np.arange(steps) < steps // 2, 0, 1).astype(np.int8)
-    phases[3] = 2
-    return Demonstration(
-        images=dict.fromkeys(CAMERAS, images),
-        proprio={name: generator.normal(size=(steps, width)) for name, width in proprio.items()},
-        actions=actions,
-        executed=actions,
-        states=generator.normal(size=(steps, 5)),
-        targets=np.tile(np.array([*place, 0, 0, 0, 0], np.float32) * 0.1, (steps, 1)),
-        phases=phases,
-        phase_names=PHASES,
-        instruction="pick up the bowl",
-        suite="libero_spatial",
-        task=0,
-        seed=seed,
-        outcome="success",
-        source=source,
-        provenance={"renderer": "fast", "image_size": str(size)},
-    )
-
-
-@pytest.fixture(scope="session")
-def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demonstrations")
-    for seed in range(6):
-        write_demonstration(folder / f"seed_{seed:08d}.hdf5", demonstration(seed), images="webp")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a few thousand random weights, to start runs from."""
-    from mllm.checkpoint import save_checkpoint
-    from mllm.config import DecoderConfig, ImageConfig, TowerConfig, VLAConfig
-    from mllm.tokenizer import WordTokenizer
-    from mllm.vla import VLA, init_random
-
-    config = VLAConfig(
-        towers=(TowerConfig("conv-vit", 32, 32, 1, 1, 64),),
-        decoder=DecoderConfig(32, 64, 2, 2, 2, 512, 64),
-        cameras=CAMERAS,
-        vocab_padding=0,
-        images=ImageConfig(mirror=False, jpeg=False, resize="area", centre_crop=False),
-        gripper="command",
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    save_checkpoint(folder, init_random(VLA(config), 0), WordTokenizer())
-    return folder
-
 
 CHUNKED = {"decoding": "slots", "chunk": 4, "head": "regression", "execute": 2, "proprio": ["eef_pos", "gripper_qpos"]}
 
@@ -91,5 +24,6 @@ def settings(demonstrations: Path, tiny: Path) -> dict[str, Any]:
         "ema": 0.5,
         "shift": 1,
         "validation": 0.2,
+        "threads": 1,
         "precision": "float32",
     }

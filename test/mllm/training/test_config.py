@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("torch")
 
+import mllm.training
 from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig, read_train_config
 from mllm.training.optimiser import rate_share
+
+CONFIGS = Path(mllm.training.__file__).parent / "configs"
 
 
 @pytest.mark.parametrize(
@@ -42,3 +47,8 @@ def test_rates_rise_in_a_line_and_fall_by_half_a_cosine():
     assert rate_share(99, config) == pytest.approx(1.0)
     assert rate_share(600, config) == pytest.approx(0.55)
     assert rate_share(1100, config) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_are_valid(path):
+    assert read_train_config(path).name == path.stem
