@@ -1,4 +1,4 @@
-"""Decoding token by token with shapes that never change, and CUDA graphs of what has such shapes.
+"""Decoding token by token with shapes that never change, CUDA graphs of what has such shapes, and compilation.
 
 Launching a decoder's many small kernels takes a GPU longer than running them. There, each part of an answer is recorded
 once for every shape of its inputs, and replayed as a whole; on a CPU the same functions run as they are.
@@ -44,7 +44,7 @@ class TokenLoop:
         self._slots = torch.arange(cache.capacity, device=device)
         weights = sum(parameter.numel() for parameter in model.language_model.model.layers[0].parameters())
         self._one_thread = device.type == "cpu" and weights <= ONE_THREAD
-        self._run = Recorded(self.run, device)
+        self._run = Recorded(self.run, device.type == "cuda")
 
     def __call__(self, first: Tensor) -> Tensor:
         """See `run`."""
@@ -104,20 +104,21 @@ def one_thread(wanted: bool) -> Iterator[None]:
 
 
 class Recorded:
-    """A function of tensors and None; on CUDA, one graph for every shape of its inputs.
+    """A function of tensors and None, which must be on a GPU to be recorded: one graph for every shape of its inputs.
 
     The function must do the same whatever its inputs' values: no copies to the host and no shapes that depend on data.
     What it returns belongs to the graph: the next call of these shapes overwrites its tensors, and everything else is
     what the recorded call returned.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
-        self._function, self._cuda = function, device.type == "cuda"
+    def __init__(self, function: Callable[..., Any], record: bool) -> None:
+        self._function, self._record_calls = function, record
         self._pool: Any = None
         self._graphs: dict[tuple[torch.Size | None, ...], tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any]] = {}
 
+    @torch.inference_mode()
     def __call__(self, *inputs: Tensor | None) -> Any:
-        if not self._cuda:
+        if not self._record_calls:
             return self._function(*inputs)
         key = tuple(None if value is None else value.shape for value in inputs)
         if key not in self._graphs:

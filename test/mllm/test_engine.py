@@ -169,7 +169,7 @@ def test_a_graph_answers_new_inputs_of_a_known_shape_without_calling_the_functio
         calls.append(x.shape)
         return 2 * x if y is None else 2 * x + y
 
-    recorded = Recorded(double, torch.device("cuda"))
+    recorded = Recorded(double, record=True)
     for value in (1.0, 2.0, 3.0):
         x = torch.full((4,), value, device="cuda")
         assert recorded(x, None).tolist() == [2 * value] * 4

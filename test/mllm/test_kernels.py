@@ -36,10 +36,11 @@ def test_products_of_every_shape_are_torchs_to_rounding(rows, shape):
 
 
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("count", [12, 36])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 40)], ids=str)
-def test_gradients_are_torchs_to_rounding(rows, biased):
-    layer, x = Linear(24, 36, bias=biased), torch.randn(*rows, 24, requires_grad=True)
-    towards = torch.randn(*rows, 36)
+def test_gradients_are_torchs_to_rounding(rows, count, biased):
+    layer, x = Linear(24, count, bias=biased), torch.randn(*rows, 24, requires_grad=True)
+    towards = torch.randn(*rows, count)
     wanted = [x, *layer.parameters()]
     ours = torch.autograd.grad((layer(x) * towards).sum(), wanted)
     expected = torch.autograd.grad((linear(x, layer.weight, layer.bias) * towards).sum(), wanted)

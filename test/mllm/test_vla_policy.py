@@ -199,7 +199,7 @@ def test_torchs_threads_wait_without_spinning_unless_the_environment_says_otherw
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE"):
         environment = {**{k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}, **given}
         result = subprocess.run(
-            [sys.executable, "-c", "import mllm.vla"],
+            [sys.executable, "-c", "import mllm.kernels"],
             env={**environment, "OMP_DISPLAY_ENV": "TRUE"},
             capture_output=True,
             text=True,
