@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -51,8 +51,7 @@ def as_json(comparison: Comparison, names: tuple[str, str]) -> dict[str, Any]:
     def key(episode: EpisodeKey) -> dict[str, Any]:
         return {name: value for name, value in asdict(episode).items() if name != "variant"}
 
-    plain = asdict(comparison)
-    return plain | {
+    return asdict(replace(comparison, errors={})) | {
         "names": list(names),
         "intervals": [wilson(count, comparison.n) for count in comparison.successes],
         "only_a": [key(episode) for episode in comparison.only_a],

@@ -54,29 +54,31 @@ def test_an_evaluation_on_ray_equals_one_in_processes(
     assert {episode.provenance["executor"] for episode in runs[1]} == {"ray"}
 
 
-def test_a_lost_place_is_a_fault_and_the_next_reset_finds_another(toy: Any) -> None:
-    env = RayEnv(CONFIG, factory=toy)
-    try:
-        env.reset(options={"init_state": 0})
-        os.kill(ray.get(env._actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-        with pytest.raises(EnvironmentFault, match="lost during step"):
-            env.step(np.zeros(7))
-        env.reset(options={"init_state": 0})
+@pytest.fixture(scope="module")
+def env(toy: Any) -> Iterator[RayEnv]:
+    made = RayEnv(CONFIG, factory=toy)
+    yield made
+    made.close()
+
+
+def test_a_killed_environment_is_a_fault_and_its_place_stays(env: RayEnv) -> None:
+    env.reset(options={"init_state": 0})
+    os.kill(ray.get(env._actor.__ray_call__.remote(lambda supervised: supervised.worker_pid)), signal.SIGKILL)
+    with pytest.raises(EnvironmentFault, match=r"worker .* during step\(\)"):
         env.step(np.zeros(7))
-    finally:
-        env.close()
+    place = env._actor
+    env.reset(options={"init_state": 0})
+    assert env._actor is place
+    env.step(np.zeros(7))
 
 
-def test_a_killed_environment_is_a_fault_and_its_place_stays(toy: Any) -> None:
-    env = RayEnv(CONFIG, factory=toy)
-    try:
-        env.reset(options={"init_state": 0})
-        os.kill(ray.get(env._actor.__ray_call__.remote(lambda supervised: supervised.worker_pid)), signal.SIGKILL)
-        with pytest.raises(EnvironmentFault, match=r"died of SIGKILL during step\(\)"):
-            env.step(np.zeros(7))
-        env.reset(options={"init_state": 0})
-    finally:
-        env.close()
+def test_a_lost_place_is_a_fault_and_the_next_reset_finds_another(env: RayEnv) -> None:
+    env.reset(options={"init_state": 0})
+    os.kill(ray.get(env._actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    with pytest.raises(EnvironmentFault, match="lost during step"):
+        env.step(np.zeros(7))
+    env.reset(options={"init_state": 0})
+    env.step(np.zeros(7))
 
 
 def test_a_wrong_configuration_is_said_as_such(toy: Any) -> None:
