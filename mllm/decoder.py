@@ -85,7 +85,7 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.batch, self.capacity = batch, capacity
         self.keys_values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.pairs = [part.unbind(0) for part in self.keys_values]
+        self.pairs = [(part[0], part[1]) for part in self.keys_values]
         self.used = [0 for _ in layers]
         self.valid: list[Tensor | None] = [None for _ in layers]
 
