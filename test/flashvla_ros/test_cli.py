@@ -64,6 +64,15 @@ def test_demo_ends_in_success_with_a_readable_bag_and_video(ros_environment, tmp
     assert len(np.load(folder / "trace.npz")["states"]) == steps + 1
 
 
+def test_the_shipped_policy_solves_a_task_from_its_cameras_through_ros(ros_environment, tmp_path):
+    result = run("demo", "--json", "--runs", tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["outcome"] == "success"
+    assert report["facts"]["renderer"] == "fast"
+    assert 20 < report["steps"] < 220
+
+
 def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
     import resource
 
