@@ -73,6 +73,8 @@ def success_table(found: Sequence[EpisodeResult]) -> list[str]:
         tasks[(episode.key.suite, episode.key.task, episode.language)].append(episode)
     lines = ["| task | n | success | 95 % |", "|---|---|---|---|"]
     lines += [f"| {suite} {task}: {words} | {row(own)} |" for (suite, task, words), own in sorted(tasks.items())]
+    for suite in sorted({suite for suite, _, _ in tasks}):
+        lines.append(f"| **{suite}** | {row([episode for episode in found if episode.key.suite == suite])} |")
     return [*lines, f"| **all** | {row(found)} |", ""]
 
 
