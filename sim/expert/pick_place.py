@@ -32,6 +32,8 @@ LEAVING = 0.10  # horizontal distance from the target within which things may ha
 SIDEWAYS, LEAST_LIFT = 0.05, 0.004  # how far to steer to the side, and up, from under them
 OVERHANG = 1.15  # times its size: what must be free above an object
 HULL_POINTS = 32
+SHOULDER = 0.333  # of the Panda above its base, and
+ARM = 1.0  # a little more than it reaches from there
 AT_REST = 0.02  # m/s and rad/s
 MOVED, TIPPED = 0.015, 0.3  # m and rad from where it was planned for, beyond which the object is planned for again
 
@@ -83,10 +85,15 @@ class PickPlaceExpert(Expert):
     def decide(self) -> np.ndarray:
         if self._plan is None or self._outdated(self._plan):
             self._plan = self._make_plan() or (self._plan and self._moved(self._plan))
-        if self._plan is None:
+        if self._plan is None or not self._within_reach():
             self.phase = "lost"
             return self._hand.action(np.zeros(3), np.zeros(3), False)
         return self._action(self._plan)
+
+    def _within_reach(self) -> bool:
+        """Whether the arm is long enough for where the object lies: not under the table, or across the room."""
+        shoulder = np.add(self._hand.base, (0.0, 0.0, SHOULDER))
+        return float(np.linalg.norm(self._hand.data.xpos[self._body] - shoulder)) < ARM
 
     def done(self) -> bool:
         return not self.holding() and self._at_goal() and self._clear()
@@ -168,10 +175,10 @@ class PickPlaceExpert(Expert):
             # A hold that is not firm yet, because the fingers still close, moves in proportion to how firm it is.
             firm = 1.0 - min(hand.finger_speed / STILL, 1.0)
             drop = np.array([*self._target_position()[:2], origin[2] + PLACE_GAP - self._above_rest(plan)])
-            offset = self._sideways(plan, drop)
-            if offset is None:
-                offset = funnel(origin, drop, plan.carry + self._droop(plan) if self.lift else origin[2]) - origin
-            offset = firm * offset
+            aside = self._sideways(plan, drop)
+            if aside is None:
+                aside = funnel(origin, drop, plan.carry + self._droop(plan) if self.lift else origin[2]) - origin
+            offset = firm * aside
             turn, close = turn_between(hand.axes, hand.upright(plan.yaw)), True
             self.phase = "close" if firm < 0.5 else self._carry_phase(drop - origin, offset)
         else:

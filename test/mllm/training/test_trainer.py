@@ -106,12 +106,13 @@ def test_a_run_does_not_go_on_with_another_configuration_or_other_data(settings,
         (fewer / path.name).write_bytes(path.read_bytes())
     with pytest.raises(PolicyError, match="data was"):
         Trainer(TrainConfig(**{**settings, "data": [str(fewer)]}), tmp_path, silent)
-    next(demonstrations.glob("*.hdf5")).rename(tmp_path / "aside")
+    one = demonstrations / "seed_00000000.hdf5"
+    one.rename(tmp_path / "aside")
     try:
         with pytest.raises(PolicyError, match="began with other demonstrations"):
             Trainer(TrainConfig(**settings), tmp_path, silent)
     finally:
-        (tmp_path / "aside").rename(demonstrations / "seed_00000000.hdf5")
+        (tmp_path / "aside").rename(one)
 
 
 def test_a_damaged_state_is_an_error_that_names_it(settings, tmp_path):
