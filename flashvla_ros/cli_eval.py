@@ -121,7 +121,7 @@ class Merge:
     """Files of runs."""
 
     def run(self) -> int:
-        from sim.results import merge
+        from sim.merging import merge
 
         added, known = merge(self.out, self.runs)
         sys.stdout.write(f"{added} episodes added to {self.out}, {known} were there already\n")

@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flashvla_ros.eval_table import percent
 from sim.results import EpisodeKey
-from sim.statistics import Change, Comparison, wilson
+from sim.statistics import Change, Comparison, percent, wilson
 
 
 def show_comparison(comparison: Comparison, names: tuple[str, str], json_output: bool) -> None:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from sim.ledger import Progress
-from sim.statistics import wilson
+from sim.statistics import percent, wilson
 
 
 def counts(outcomes: list[str]) -> dict[str, int]:
@@ -68,11 +68,6 @@ def _table(progress: Progress, title: str) -> Table:
             str(row["errors"] or ""),
         )
     return table
-
-
-def percent(rate: float | None) -> str:
-    """0.955 -> "95.5 %"; nothing for None."""
-    return "" if rate is None else f"{100 * rate:.1f} %"
 
 
 def _pace(progress: Progress) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from sim.report_films import films
 from sim.report_plots import Point, latency_plot, steps_plot, variants_plot
 from sim.report_style import STYLE
 from sim.results import EpisodeResult, RunFile
-from sim.statistics import pooled_stages, wilson
+from sim.statistics import percent, pooled_stages, wilson
 
 _POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"  # of the page's content
 _MIN_MS = 1e-3  # a stage that never took a microsecond is not worth a line in a picture
@@ -55,11 +54,6 @@ def make_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
     )
-
-
-def percent(rate: float) -> str:
-    """0.955 -> "95.5 %"."""
-    return f"{100 * rate:.1f} %"
 
 
 def _counts(episodes: Sequence[EpisodeResult]) -> tuple[int, int, int]:
@@ -157,7 +151,7 @@ def _variant(configuration: Mapping[str, Any], episodes: Sequence[EpisodeResult]
             _pictures(episodes),
             _latency(episodes),
             _flags(episodes),
-            _films(episodes, videos),
+            films(episodes, videos),
             _errors(episodes),
             _provenance(configuration, episodes),
         ]
@@ -238,42 +232,6 @@ def _flags(episodes: Sequence[EpisodeResult]) -> str:
         shares = ", ".join(f"{escape(text)} {percent(steps / total)}" for text, steps in most)
         rows.append([escape(name), shares, str(total)])
     return f"<h3>Flags of the policy</h3>{_table(['flag', 'over all steps', 'steps'], rows, 2)}" if rows else ""
-
-
-def _films(episodes: Sequence[EpisodeResult], most: int) -> str:
-    recorded = [episode for episode in episodes if episode.video]
-    if not recorded or not most:
-        return ""
-    # A few of each task rather than all of the first.
-    turns: dict[tuple[str, int], int] = {}
-    order = []
-    for episode in recorded:
-        task = (episode.key.suite, episode.key.task)
-        turns[task] = turns.get(task, 0) + 1
-        order.append((turns[task], episode))
-    chosen = [episode for _, episode in sorted(order, key=lambda item: item[0])[:most]]
-    figures = "".join(
-        f'<figure><video controls loop muted playsinline preload="none" poster="{_poster(episode.video or b"")}" '
-        f'src="data:video/mp4;base64,{base64.b64encode(episode.video or b"").decode()}"></video>'
-        f"<figcaption>{escape(str(episode.key))}<br>{escape(episode.language)}: {episode.outcome} after "
-        f"{episode.steps} steps</figcaption></figure>"
-        for episode in chosen
-    )
-    left = f" {len(chosen)} of {len(recorded)} that the run has." if len(chosen) < len(recorded) else ""
-    said = f'<p class="soft">Each picture is the last one of its video.{left}</p>'
-    return f'<h3>Failures</h3>{said}<div class="films">{figures}</div>'
-
-
-def _poster(video: bytes) -> str:
-    """The last frame of an MP4 as a data URI."""
-    import av
-
-    with av.open(io.BytesIO(video), "r") as container:
-        *_, last = container.decode(video=0)
-        image = last.to_image()
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _errors(episodes: Sequence[EpisodeResult]) -> str:

@@ -26,6 +26,11 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return float(low), float(high)
 
 
+def percent(rate: float | None) -> str:
+    """0.955 as "95.5 %"; nothing for None."""
+    return "" if rate is None else f"{100 * rate:.1f} %"
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """p of McNemar's exact test, two-sided: that one side wins as many or more of the discordant pairs by chance."""
     from statsmodels.stats.contingency_tables import mcnemar as test

@@ -4,29 +4,82 @@ from __future__ import annotations
 
 from sim.env import LiberoEnv
 from sim.errors import ConfigurationError
+from sim.expert.expert import Expert
+from sim.expert.geometry import geoms_of
+from sim.expert.hand import Hand
+from sim.expert.handle import HandleExpert
 from sim.expert.pick_place import PickPlaceExpert
+from sim.expert.sequence import SequenceExpert
+
+# What comes first where a task has several goals: a drawer is opened before something goes in, and closed after it.
+_ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1}
+# Values of a joint as parts of its range: where to move it, and from where on it need not be moved. LIBERO calls a
+# drawer open from 0.875 of its travel and a stove on from 0.24 of its turn.
+OPEN, OPEN_ENOUGH = 0.97, 0.88
+ON, ON_ENOUGH = 0.4, 0.25
 
 
-def make_expert(env: LiberoEnv) -> PickPlaceExpert:
+def make_expert(env: LiberoEnv) -> Expert:
     """The expert for the task of `env`, chosen by its goal.
 
-    Raises ConfigurationError: the goal is more than carrying one object to one place.
+    Raises ConfigurationError: the goal has a predicate that no expert can reach.
     """
     world = env.privileged()
-    where = f"{env.task.suite} task {env.task.index} ({env.task.language!r})"
-    if len(world.goal) != 1:
-        raise ConfigurationError(f"{where} has {len(world.goal)} goals: the expert can do one, 'on' or 'in'")
-    predicate, item, *rest = world.goal[0]
-    if predicate not in ("on", "in") or len(rest) != 1:
-        raise ConfigurationError(f"{where} asks for '{predicate}': the expert can only put an object 'on' or 'in' one")
-    target = rest[0]
-    if target not in world.body_ids:
-        body = world.model.site(target).bodyid[0]
-        if world.model.body_jntnum[body] and world.model.body_parentid[body]:
+    for goal in world.goal:
+        if goal[0] not in _ORDER:
             raise ConfigurationError(
-                f"{where} puts an object into a drawer or door, {target!r}: the expert cannot open it"
+                f"{env.task.suite} task {env.task.index} ({env.task.language!r}) asks for {goal}: "
+                f"the experts can do {', '.join(_ORDER)}"
             )
-    return PickPlaceExpert(env, item, target, container=predicate == "in")
+    hand = Hand(env, Expert.action_spec)
+    goals = [_steps(env, hand, goal) for goal in sorted(world.goal, key=lambda goal: _ORDER[goal[0]])]
+    return goals[0][0] if len(goals) == len(goals[0]) == 1 else SequenceExpert(env, goals, hand)
 
 
-__all__ = ["PickPlaceExpert", "make_expert"]
+def _steps(env: LiberoEnv, hand: Hand, goal: tuple[str, ...]) -> list[Expert]:
+    """What to do for one goal, in order."""
+    predicate, item, *rest = goal
+    if predicate == "open":
+        return [_opening(env, hand, item)]
+    if predicate == "turnon":
+        joint = _joint_of_fixture(env, hand, item)
+        end = _far_end(hand, joint)
+        return [HandleExpert(env, joint, ON * end, ON_ENOUGH * end, hand)]
+    target = rest[0]
+    opening = [_opening(env, hand, target)] if _joint_of_region(hand, target) is not None else []
+    lift = not env.task.language.startswith("push")
+    return [*opening, PickPlaceExpert(env, item, target, predicate == "in", lift, hand)]
+
+
+def _opening(env: LiberoEnv, hand: Hand, region: str) -> HandleExpert:
+    joint = _joint_of_region(hand, region)
+    if joint is None:
+        raise ConfigurationError(f"{region!r} cannot be opened: it does not move")
+    end = _far_end(hand, joint)
+    return HandleExpert(env, joint, OPEN * end, OPEN_ENOUGH * end, hand)
+
+
+def _joint_of_region(hand: Hand, region: str) -> int | None:
+    """Number of the joint that moves the part of a fixture on which a region is; None where it does not move."""
+    model = hand.model
+    body = next((int(model.site(site).bodyid[0]) for site in range(model.nsite) if model.site(site).name == region), 0)
+    moves = model.body_jntnum[body] and model.body_parentid[body]
+    return int(model.body_jntadr[body]) if moves else None
+
+
+def _joint_of_fixture(env: LiberoEnv, hand: Hand, fixture: str) -> int:
+    """Number of the only joint of a fixture. Raises ConfigurationError: it has none, or several."""
+    model = hand.model
+    below = geoms_of(model, env.privileged().body_ids[fixture])
+    joints = {int(model.body_jntadr[body]) for body in model.geom_bodyid[below] if model.body_jntnum[body]}
+    if len(joints) != 1:
+        raise ConfigurationError(f"{fixture!r} has {len(joints)} joints: the expert turns a fixture's only one")
+    return joints.pop()
+
+
+def _far_end(hand: Hand, joint: int) -> float:
+    """The end of the joint's range that is farther from 0, m or rad."""
+    return float(max(hand.model.jnt_range[joint], key=abs))
+
+
+__all__ = ["Expert", "HandleExpert", "PickPlaceExpert", "SequenceExpert", "make_expert"]

@@ -89,7 +89,7 @@ def corridor(start: np.ndarray, end: np.ndarray, radius: float, spacing: float =
     """(n, 2) places that cover everything within `radius` of the way between two (2,) places, `spacing` apart."""
     way = end - start
     steps = max(2, math.ceil(float(np.linalg.norm(way)) / spacing) + 1)
-    rings = np.arange(0, radius + 1e-9, spacing)
+    rings = np.append(np.arange(0, radius - 1e-9, spacing), radius)
     disc = np.array([(r * x, r * y) for r in rings for x, y in (_CIRCLE if r > 0 else [(0.0, 0.0)])[::2]])
     centres = start + np.linspace(0, 1, steps)[:, None] * way
     return (centres[:, None] + disc[None]).reshape(-1, 2)
@@ -99,6 +99,14 @@ def rotation_about_z(angle: float) -> np.ndarray:
     """(3, 3) rotation by `angle` rad about the world's z axis."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
+    """(3, 3) rotation by `angle` rad about a unit vector."""
+    quat, matrix = np.empty(4), np.empty(9)
+    mujoco.mju_axisAngle2Quat(quat, np.asarray(axis, np.float64), angle)
+    mujoco.mju_quat2Mat(matrix, quat)
+    return matrix.reshape(3, 3)
 
 
 def heading(rotation: np.ndarray) -> float:

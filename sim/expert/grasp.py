@@ -23,6 +23,8 @@ FINGERS_HALF_LENGTH = MAX_OPENING / 2 + FINGER_THICKNESS
 PALM = 0.045  # m from the grip site up to the palm
 PALM_HALF_LENGTH = 0.10  # m along the closing axis
 PALM_HALF_WIDTH = 0.035  # m across it
+WRIST = 0.12  # m from the grip site up to the wrist
+WRIST_RADIUS = 0.07  # m
 REACH = 0.74  # m from the robot's base: beyond it the elbow locks with the gripper pointing down
 
 RIM_DEPTH = 0.022  # m below an object's top for the grip site on a wall
@@ -30,18 +32,22 @@ BODY_DEPTH = 0.035  # m below it on a whole object
 WALL = 0.025  # m: up to here a stretch is a wall, and a thinner one is no better
 SPARE = 0.006  # m of opening that must remain
 PROFILE_STEP = 0.002  # m
+BESIDE = 0.45  # of an object's radius: how far from its centre it is held where things around it are in the way
+TOUCHES = 0.005  # m of intrusion that counts as in the way
 
 
 @dataclass(frozen=True)
 class Grasp:
     """position: (3,) m, the grip site in the world frame.  yaw: rad in [-pi/2, pi/2), the gripper's turn about z.
 
-    width: m between the fingers when they touch.  score: lower is better.
+    width: m between the fingers when they touch.  intrusion: m by which things are in the way.
+    score: lower is better.
     """
 
     position: np.ndarray
     yaw: float
     width: float
+    intrusion: float
     score: float
 
 
@@ -70,8 +76,11 @@ def stretches(profile: np.ndarray, level: float) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def _candidates(scene: Scene, points: np.ndarray) -> Iterator[tuple[np.ndarray, float, float]]:
-    """(position, yaw, width) of every stretch that fits between the fingers; closing axes go through the centre."""
+def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tuple[np.ndarray, float, float]]:
+    """(position, yaw, width) of every stretch that fits between the fingers.
+
+    beside: by how much of the object's radius the closing axes miss its centre.
+    """
     low, high = points.min(0), points.max(0)
     centre = 0.5 * (low + high)[:2]
     height = float(high[2] - low[2])
@@ -79,8 +88,9 @@ def _candidates(scene: Scene, points: np.ndarray) -> Iterator[tuple[np.ndarray, 
     along = np.arange(-radius, radius, PROFILE_STEP)
     for yaw in np.deg2rad(np.arange(-90.0, 90.0, 7.5)):
         lateral, closing = rotation_about_z(yaw)[:2, 0], rotation_about_z(yaw)[:2, 1]
+        middle = centre + beside * radius * lateral
         lines = [
-            scene.heights(centre + along[:, None] * closing + side * lateral, others=False)
+            scene.heights(middle + along[:, None] * closing + side * lateral, others=False)
             for side in (-FINGER_HALF_WIDTH, 0.0, FINGER_HALF_WIDTH)
         ]
         profile = np.max(lines, axis=0)
@@ -88,14 +98,14 @@ def _candidates(scene: Scene, points: np.ndarray) -> Iterator[tuple[np.ndarray, 
             z = max(float(high[2]) - min(depth, 0.5 * height), float(low[2]) + FINGERTIP + 0.001)
             for start, end in stretches(profile, z - FINGERTIP):
                 width = (end - start) * PROFILE_STEP
-                middle = 0.5 * (along[start] + along[end - 1])
+                place = middle + 0.5 * (along[start] + along[end - 1]) * closing
                 contains_centre = along[start] <= 0 <= along[end - 1]
                 if contains_centre == whole and width < MAX_OPENING - SPARE:
-                    yield np.array([*(centre + middle * closing), z]), float(yaw), width
+                    yield np.array([*place, z]), float(yaw), width
 
 
 def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> float:
-    """Metres by which things rise into the fingers, as far as they sweep, and into the palm; the two added up.
+    """Metres by which things rise into the fingers, as far as they sweep, the palm and the wrist, added up.
 
     own: whether the object counts, where the open fingers come down beside it.
     """
@@ -111,7 +121,9 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> flo
     swept = np.linspace(0, FINGERS_HALF_LENGTH, 7)
     fingers = max(highest(opened, FINGER_HALF_WIDTH, own), highest(swept, FINGER_HALF_WIDTH, False))
     palm = highest(np.linspace(0.02, PALM_HALF_LENGTH, 3), PALM_HALF_WIDTH, False)
-    return max(0.0, fingers - float(position[2] - FINGERTIP - 0.003)) + max(0.0, palm - float(position[2] + PALM))
+    wrist = highest(np.linspace(0.0, WRIST_RADIUS, 3), WRIST_RADIUS, False)
+    tops = np.array([fingers, palm, wrist])
+    return float(np.maximum(tops - position[2] - [-FINGERTIP - 0.003, PALM, WRIST], 0.0).sum())
 
 
 def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarray, container: bool) -> Grasp | None:
@@ -122,19 +134,23 @@ def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarra
     container: whether it goes into something; its walls are left out, since the object may drop in from above them.
     None: every side is wider than the open gripper.
     """
+    points = body_points(scene.model, scene.data, scene.body)
     best: Grasp | None = None
-    for position, yaw, width in _candidates(scene, body_points(scene.model, scene.data, scene.body)):
-        reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
-        intrusion = _intrusion(scene, position, yaw, own=True)
-        if not container:
-            intrusion += _intrusion(scene, position + move, yaw, own=False)
-        score = (
-            150.0 * intrusion
-            + 25.0 * max(0.0, reach - REACH)
-            + 100.0 * max(0.0, width - WALL)
-            + 0.5 * abs(yaw)
-            + 0.15 * float(np.linalg.norm(position[:2] - hand))
-        )
-        if best is None or score < best.score:
-            best = Grasp(position, yaw, width, score)
+    for beside in (0.0, -BESIDE, BESIDE):
+        if beside and best is not None and best.intrusion < TOUCHES:
+            break
+        for position, yaw, width in _candidates(scene, points, beside):
+            reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
+            intrusion = _intrusion(scene, position, yaw, own=True)
+            if not container:
+                intrusion += _intrusion(scene, position + move, yaw, own=False)
+            score = (
+                150.0 * intrusion
+                + 25.0 * max(0.0, reach - REACH)
+                + 100.0 * max(0.0, width - WALL)
+                + 0.5 * abs(yaw)
+                + 0.15 * float(np.linalg.norm(position[:2] - hand))
+            )
+            if best is None or score < best.score:
+                best = Grasp(position, yaw, width, intrusion, score)
     return best

@@ -18,6 +18,7 @@ class Plan:
     """What one episode keeps. Positions are in the world frame.
 
     origin, rotation: (3,) m and (3, 3), the object's pose for which it was made.
+    target: (3,) m, where the target was.
     offset: (3,) m from the object's origin to the grip site.
     yaw: rad, the gripper's turn about z with it.
     points: (n, 3) m, the object's hull in its own frame.
@@ -27,6 +28,7 @@ class Plan:
 
     origin: np.ndarray
     rotation: np.ndarray
+    target: np.ndarray
     offset: np.ndarray
     yaw: float
     points: np.ndarray
@@ -66,6 +68,7 @@ def make_plan(scene: Scene, hand: np.ndarray, base: np.ndarray, target: np.ndarr
     return Plan(
         origin=origin,
         rotation=rotation,
+        target=target.copy(),
         offset=hold - origin,
         yaw=grasp.yaw,
         points=(points - origin) @ rotation,

@@ -1,6 +1,7 @@
 """The scripted expert in LIBERO's own scenes, without rendering."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from mllm.policy import Observation, Policy
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError
-from sim.expert import PickPlaceExpert, make_expert
+from sim.expert import Expert, HandleExpert, PickPlaceExpert, SequenceExpert, make_expert
 from sim.rollout import rollout
 
 BLIND = Observation(images={})
@@ -16,29 +17,57 @@ BLIND = Observation(images={})
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[LiberoEnv]:
-    """A task beyond the expert, in a scene with a bowl and a plate that it can carry the one to the other."""
+    """A scene with a stove, a cabinet, a bowl and a plate."""
     made = LiberoEnv(EnvConfig(suite="libero_goal", task="turn on the stove", cameras=()))
     yield made
     made.close()
 
 
+def solves(env: LiberoEnv, expert: Expert) -> bool:
+    episode = rollout(env, expert, init_state=0)
+    assert episode.error is None
+    return episode.outcome == "success"
+
+
 @pytest.mark.parametrize(
-    ("suite", "task"),
-    [("libero_spatial", 4), ("libero_object", 6), ("libero_goal", 2)],
-    ids=["bowl in a drawer", "flat box into a basket", "bottle onto a cabinet"],
+    ("suite", "task", "kind"),
+    [
+        ("libero_spatial", 4, PickPlaceExpert),
+        ("libero_object", 6, PickPlaceExpert),
+        ("libero_goal", 2, PickPlaceExpert),
+        ("libero_goal", 3, SequenceExpert),
+        ("libero_goal", 5, PickPlaceExpert),
+        ("libero_10", 1, SequenceExpert),
+    ],
+    ids=[
+        "bowl in a drawer",
+        "flat box into a basket",
+        "bottle onto a cabinet",
+        "open a drawer and put a bowl inside",
+        "push a plate",
+        "two things into a basket",
+    ],
 )
-def test_the_expert_solves(suite: str, task: int) -> None:
+def test_the_expert_solves(suite: str, task: int, kind: type[Expert]) -> None:
     env = LiberoEnv(EnvConfig(suite=suite, task=task, cameras=()))
     try:
-        episode = rollout(env, make_expert(env), init_state=0)
+        expert = make_expert(env)
+        assert isinstance(expert, kind)
+        assert solves(env, expert)
     finally:
         env.close()
-    assert episode.error is None
-    assert episode.outcome == "success"
 
 
-def test_a_goal_beyond_pick_and_place_is_refused(env: LiberoEnv) -> None:
-    with pytest.raises(ConfigurationError, match="turnon"):
+def test_the_expert_turns_a_knob(env: LiberoEnv) -> None:
+    expert = make_expert(env)
+    assert isinstance(expert, HandleExpert)
+    assert solves(env, expert)
+
+
+def test_a_predicate_that_no_expert_reaches_is_refused(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(env.privileged(), goal=(("turnoff", "flat_stove_1"),))
+    monkeypatch.setattr(env, "privileged", lambda: asked)
+    with pytest.raises(ConfigurationError, match="turnoff"):
         make_expert(env)
 
 

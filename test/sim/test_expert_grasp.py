@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm.policy import ActionSpec
-from sim.expert.geometry import geoms_of, rotation_about_z
+from sim.expert.geometry import geoms_of, rotation_about, rotation_about_z
 from sim.expert.grasp import FINGERTIP, Grasp, Scene, find_grasp, stretches
-from sim.expert.pick_place import funnel
 from sim.expert.plan import resting_height
-from sim.expert.servo import TOP_DOWN, clip_length, servo, turn_to
+from sim.expert.servo import clip_length, funnel, grip_axes, servo, top_down, turn_between
 
 BOX = '<geom type="box" size="0.02 0.05 0.03" pos="0 0 0.03"/>'
 CUP = "".join(
@@ -64,6 +63,14 @@ def test_a_neighbour_moves_the_grasp_to_another_wall() -> None:
     assert np.linalg.norm(blocked.position - free.position) > 0.03
 
 
+def test_an_overhang_is_avoided_by_holding_the_wall_off_its_middle() -> None:
+    # A board whose corner is over the cup, so that every hand across the cup's middle would hit it.
+    under = grasp_of(on_table(CUP, '<geom type="box" size="0.1 0.1 0.02" pos="0.1 0.11 0.15"/>'))
+    assert under.intrusion < 0.02
+    lateral = rotation_about_z(under.yaw)[:2, 0]
+    assert abs(lateral @ under.position[:2]) > 0.02
+
+
 def test_what_is_wider_than_the_gripper_has_no_grasp() -> None:
     assert find_grasp(on_table(SLAB), np.zeros(2), BASE, np.zeros(3), container=False) is None
 
@@ -102,8 +109,17 @@ def test_an_action_is_always_valid(offset: np.ndarray, turn: np.ndarray, close: 
 
 @given(st.floats(-1.5, 1.5))
 def test_a_gripper_that_is_turned_right_need_not_turn(yaw: float) -> None:
-    np.testing.assert_allclose(turn_to(rotation_about_z(yaw) @ TOP_DOWN, yaw), 0.0, atol=1e-6)
-    np.testing.assert_allclose(turn_to(TOP_DOWN, yaw), [0, 0, yaw], atol=1e-6)
+    np.testing.assert_allclose(turn_between(top_down(yaw), top_down(yaw)), 0.0, atol=1e-6)
+    np.testing.assert_allclose(turn_between(top_down(0.0), top_down(yaw)), [0, 0, yaw], atol=1e-6)
+
+
+def test_the_axes_of_a_grip_are_a_rotation_that_points_and_closes_as_asked() -> None:
+    forward, closing = np.array([0.0, -0.6, -0.8]), np.array([1.0, 0.0, 0.0])
+    axes = grip_axes(forward, closing)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-12)
+    assert np.linalg.det(axes) == pytest.approx(1.0)
+    np.testing.assert_allclose(axes[:, 2], forward)
+    np.testing.assert_allclose(axes[:, 0], closing)
 
 
 def test_the_funnel_comes_down_only_over_its_goal() -> None:
@@ -112,6 +128,14 @@ def test_the_funnel_comes_down_only_over_its_goal() -> None:
     np.testing.assert_allclose(funnel(np.array([0.0, 0.0, 0.4]), goal, 0.4), [0.5, 0.0, 0.4])
     # From beside the goal it rises, and only then moves across.
     np.testing.assert_allclose(funnel(np.array([0.0, 0.0, 0.1]), goal, 0.4), [0.0, 0.0, 0.4])
+
+
+@given(vectors, vectors, st.floats(0.0, 0.5))
+def test_the_funnel_is_the_same_whichever_way_it_points(position: np.ndarray, goal: np.ndarray, rise: float) -> None:
+    turned = rotation_about(np.array([0.6, 0.0, 0.8]), 1.1)
+    axis = turned[:, 2]
+    sideways = funnel(turned @ position, turned @ goal, goal[2] + rise, axis=axis)
+    np.testing.assert_allclose(sideways, turned @ funnel(position, goal, goal[2] + rise), atol=1e-9)
 
 
 @given(vectors, st.integers(0, 2))

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from sim.errors import ConfigurationError, ResultError
-from sim.results import EpisodeKey, EpisodeResult, RunFile, merge, summarise_flags, summarise_seconds
+from sim.merging import merge
+from sim.results import EpisodeKey, EpisodeResult, RunFile, summarise_flags, summarise_seconds
 
 CONFIGURATION = {"policy": {"name": "hold"}, "env": {"renderer": "fast", "cameras": ("agentview",)}}
 
