@@ -48,7 +48,7 @@ class Linear(nn.Linear):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: (..., d), weight: (d,). Returns x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467)."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)

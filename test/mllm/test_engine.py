@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mllm.config import DecoderConfig, TowerConfig, VLAConfig  # noqa: E402
+from mllm.config import DINOV2, SIGLIP, DecoderConfig, TowerConfig, VLAConfig  # noqa: E402
 from mllm.decoder import Kept, KVCache  # noqa: E402
 from mllm.engine import Recorded, TokenLoop, one_thread  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
@@ -24,6 +24,10 @@ TINY = VLAConfig(
     DecoderConfig(64, 96, 3, 4, 2, 400, max_position_embeddings=96),
     cameras=("agentview", "wrist"),
     vocab_padding=0,
+)
+OPENVLA = VLAConfig(
+    (TowerConfig(DINOV2, 56, width=32, depth=3, heads=2), TowerConfig(SIGLIP, 56, width=48, depth=4, heads=3)),
+    DecoderConfig(64, 96, 2, 4, 4, 600, max_position_embeddings=96),
 )
 TEXTS = {"alone": [[1, 5, 6, 7, 2]], "padded": [[1, 5, 6, 7, 2], [1, 2], [1, 9, 8, 2]]}
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and torch finds none")
@@ -175,3 +179,20 @@ def test_a_graph_answers_new_inputs_of_a_known_shape_without_calling_the_functio
         assert recorded(x, None).tolist() == [2 * value] * 4
         assert recorded(x, x).tolist() == [3 * value] * 4
     assert len(calls) == 6  # twice to warm up and once to record, for each of the two
+
+
+@pytest.mark.parametrize("decoding", ["causal", "slots", "full"])
+@torch.inference_mode()
+def test_what_is_recorded_never_looks_at_a_value(decoding):
+    """A tensor on the meta device has none: whatever copied one to the host, or made a shape of one, would fail."""
+    with torch.device("meta"):
+        model = VLA(replace(OPENVLA, decoding=decoding)).eval()
+        pixels = torch.empty(2, 1, 6, 56, 56)
+        decoder = ActionDecoder(model)
+        visual = decoder.visual_tokens(pixels)
+        hidden = torch.cat((model.embed(torch.zeros(2, 5, dtype=torch.int64)), visual), 1)
+        positions = torch.arange(hidden.shape[1])[None]
+        for valid in (None, torch.ones(hidden.shape[:2], dtype=torch.bool)):
+            tokens = decoder.decode(decoder.prefill(hidden, positions, valid))
+            assert tokens.device.type == "meta"
+            assert tokens.shape == (2, 7)
