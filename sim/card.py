@@ -44,7 +44,11 @@ def write_card(checkpoint: Path, results: Sequence[Path], ablations: Mapping[str
     ]
     if ablations:
         lines += ["## What it depends on", "", "| taken away | n | success | 95 % |", "|---|---|---|---|"]
-        lines += [f"| {name} | {row(episodes(path))} |" for name, path in ablations.items()]
+        for name, path in ablations.items():
+            found = episodes(path)
+            for suite in sorted({episode.key.suite for episode in found}):
+                own = [episode for episode in found if episode.key.suite == suite]
+                lines.append(f"| {name}, {suite} | {row(own)} |")
         lines.append("")
     lines += ["## Training", ""]
     for run in runs:

@@ -58,7 +58,7 @@ def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
     assert f"| **all** | 5 (+1 errors) | 80.0 % | {low} - {high} % |" in text
     assert "| **libero_spatial** | 5 (+1 errors) | 80.0 %" in text
     assert "| libero_spatial 0: put the bowl somewhere | 2 (+1 errors) | 50.0 %" in text
-    assert "| sight | 4 | 0.0 %" in text
+    assert "| sight, libero_spatial | 4 | 0.0 %" in text
     assert "`run`: 7 steps, on 540 episodes of libero_spatial (expert)" in text
     assert "- mujoco: 3.3.2" in text
 
