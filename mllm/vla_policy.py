@@ -37,7 +37,8 @@ class VLAPolicy:
     statistics: name in `VLAConfig.statistics` of the data set whose units the model's actions have; None for the only
     one there is, or, where there is none, for actions that are commands already.
     restricted, hook: see `mllm.generate.ActionDecoder`.
-    threads: of torch on the CPU, for the whole process; None leaves them.
+    threads: of torch on the CPU, for the whole process; None leaves them. For a model like the mini more than one pay
+        only on free cores with OMP_WAIT_POLICY=active; see `mllm`.
     execute: 1 to the model's chunk; None is the checkpoint's own.
     compile: see `mllm.engine.compile_model`; `reset` then takes as long as an instruction of a new length does.
     """
@@ -221,7 +222,7 @@ def random_policy(
 def mini_policy(
     checkpoint: str = "",
     seed: int | None = None,
-    threads: int | None = None,
+    threads: int | None = 1,
     statistics: str = "",
     execute: int | None = None,
     dtype: str = "float32",
