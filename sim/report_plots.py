@@ -75,6 +75,7 @@ def steps_plot(episodes: Sequence[EpisodeResult]) -> str:
             label=[outcome for outcome, _ in shown],
         )
         axes.set(xlabel="control steps", ylabel="episodes")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         if shown:
             axes.legend()
