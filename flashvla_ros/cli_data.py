@@ -43,6 +43,8 @@ class Collect:
     """Attempted for each task. The expert's failures are counted and not kept; a policy's are kept."""
     seed: int = 0
     """Of the first episode; the next has the next one."""
+    draw: Literal["sampled", "shuffled"] = "sampled"
+    """Starts as LIBERO draws them, or (libero_object) with objects that then exchange places."""
     workers: int = 2
     """Processes; each is one core's worth of work and takes about 2 GB."""
     images: str = "raw"
@@ -68,6 +70,7 @@ class Collect:
             tasks=parse_tasks(self.tasks),
             episodes=self.episodes,
             seed=self.seed,
+            draw=self.draw,
             images=self.images,
             image_size=self.image_size,
             renderer=self.renderer,

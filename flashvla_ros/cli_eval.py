@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -33,8 +34,9 @@ class Eval:
     """First initial state."""
     states: str = ""
     """Initial states such as 20-49, in place of --trials and --first-state."""
-    sampled: bool = False
-    """Draw fresh states: the numbers are seeds instead of official initial states."""
+    draw: Literal["", "sampled", "shuffled"] = ""
+    """Draw fresh starts: the numbers are seeds instead of official initial states. sampled is LIBERO's way; shuffled
+    objects of libero_object exchange places, so that only sight tells them apart."""
     seed: int = 0
     """Places the fixtures, which official initial states leave open."""
     run_file: tyro.conf.Positional[Path | None] = None
@@ -86,7 +88,7 @@ class Eval:
             key
             for suite in self.suite
             for key in episode_keys(
-                suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.sampled
+                suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.draw
             )
         ]
         config = EvalConfig(

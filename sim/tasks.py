@@ -18,6 +18,11 @@ INSTALL_HINT = "install it with: pip install 'flashvla_ros[sim]'"
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SUITES = tuple(STEP_LIMITS)
 
+# How a start is drawn by a seed, as against an official initial state: objects placed at random as LIBERO places them,
+# and, where no instruction says which object is meant by its place, exchanged with one another after that (our choice).
+DRAWS = ("sampled", "shuffled")
+SHUFFLED_SUITES = ("libero_object",)
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -40,6 +45,14 @@ def check_suite(suite: str) -> None:
     """Raises ConfigurationError unless `suite` is one of `SUITES`."""
     if suite not in STEP_LIMITS:
         raise ConfigurationError(f"no suite is called {suite!r}; choose one of: {', '.join(SUITES)}")
+
+
+def check_draw(suite: str, draw: str) -> None:
+    """Raises ConfigurationError unless starts of `suite` can be drawn in the way of `DRAWS` called `draw`."""
+    if draw not in DRAWS or (draw == "shuffled" and suite not in SHUFFLED_SUITES):
+        raise ConfigurationError(
+            f"no start is {draw!r} in {suite}: choose {' or '.join(DRAWS)} (only {', '.join(SHUFFLED_SUITES)})"
+        )
 
 
 @cache

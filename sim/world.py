@@ -148,10 +148,11 @@ class World:
     def _objects(self) -> list[tuple[str, Any]]:
         return [*self.domain.objects_dict.items(), *self.domain.fixtures_dict.items()]
 
-    def reset(self, seed: int, init_state: np.ndarray | None = None) -> None:
+    def reset(self, seed: int, init_state: np.ndarray | None = None, shuffled: bool = False) -> None:
         """Puts the scene where a hard reset after `seed` puts it; then, if given, sets an initial state.
 
         init_state: (1 + nq + nv,) float64, [time s, qpos, qvel].
+        shuffled: whether `seed` also draws which movable object lies where, but for those that others shall go into.
         The result depends on the arguments alone. LIBERO's own hard reset appends its drawer samplers once more at
         every reset, so the draws behind a fixture's pose depend on how many episodes came before; here they never do.
         Raises EnvironmentFault: no valid placement was found.
@@ -176,10 +177,22 @@ class World:
                         ) from error
         if init_state is not None:
             self.domain.sim.set_state_from_flattened(init_state)
+        if shuffled:
+            self._shuffle(np.random.default_rng([seed, 1]))
+        if init_state is not None or shuffled:
             self.domain.sim.forward()
             self.domain._check_success()
             self.domain._post_process()
             self.domain._update_observables(force=True)
+
+    def _shuffle(self, rng: np.random.Generator) -> None:
+        """Objects exchange their places on the floor, and keep their own height and orientation."""
+        targets = [target for _, _, *named in self.domain.parsed_problem["goal_state"] for target in named]
+        items = [
+            item for name, item in self.domain.objects_dict.items() if not any(t.startswith(name) for t in targets)
+        ]
+        addresses = np.array([self.model.joint(item.joints[0]).qposadr[0] for item in items])
+        self.data.qpos[addresses[:, None] + (0, 1)] = self.data.qpos[rng.permutation(addresses)[:, None] + (0, 1)]
 
     def _reset_data(self) -> None:
         # A hard reset runs a forward pass on its new data and another for its new renderer, and what they leave in the

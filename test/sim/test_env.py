@@ -113,9 +113,9 @@ def test_an_impossible_action_is_refused_by_value(env: LiberoEnv, action: np.nda
         env.step(action)
 
 
-@pytest.mark.parametrize("init_state", [50, -1, True, "random", None])
+@pytest.mark.parametrize("init_state", [50, -1, True, "random", "shuffled", None])
 def test_an_unknown_initial_state_is_refused(env: LiberoEnv, init_state: object) -> None:
-    with pytest.raises(ConfigurationError, match="choose 0 to 49, or 'sampled'"):
+    with pytest.raises(ConfigurationError, match=r"choose (0 to 49, )?'?sampled'? or '?shuffled"):
         env.reset(options={"init_state": init_state})
 
 
@@ -185,3 +185,22 @@ def test_nothing_is_printed_while_an_environment_lives() -> None:
     environment = {**os.environ, "MUJOCO_GL": "osmesa"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert json.dumps([ran.stdout, ran.stderr]) == json.dumps(["", ""])
+
+
+def test_shuffled_objects_exchange_places_and_the_basket_stays() -> None:
+    env = LiberoEnv(EnvConfig("libero_object", 0, cameras=()))
+    try:
+        places = {}
+        for draw in ("sampled", "shuffled"):
+            env.reset(seed=1, options={"init_state": draw})
+            bodies = env.privileged().body_ids
+            places[draw] = {name: env.privileged().data.xpos[body].copy() for name, body in bodies.items()}
+        basket = {draw: places[draw].pop("basket_1") for draw in places}
+        np.testing.assert_allclose(basket["sampled"], basket["shuffled"], atol=2e-3)
+        sampled, shuffled = (np.array(list(places[draw].values())) for draw in ("sampled", "shuffled"))
+        apart = np.linalg.norm(sampled[:, None, :2] - shuffled[None, :, :2], axis=2)
+        assert sorted(apart.argmin(0)) == list(range(len(sampled))) and apart.min(0).max() < 0.02
+        assert (np.diag(apart) > 0.05).sum() >= 2
+        np.testing.assert_allclose(sampled[:, 2], shuffled[:, 2], atol=5e-3)
+    finally:
+        env.close()
