@@ -250,7 +250,7 @@ class PolicyNode(LifecycleNode):
             return
         self._answered += 1
         self._latency.add(acted - started)
-        stages = {"decode": acting - started, "act": acted - acting, **step.timing}
+        stages = {"read": acting - started, "act": acted - acting, **step.timing}
         values = {**{f"{name}_ms": f"{seconds * 1e3:.3f}" for name, seconds in stages.items()}, **step.flags}
         self._steps.publish(status_array(stamp, status(self.get_name(), OK, "computed", values)))
 

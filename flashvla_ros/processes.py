@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 from flashvla_ros.graph import NodeSpec, environment
@@ -18,9 +19,20 @@ GRACE = 8.0  # s from SIGINT to SIGTERM, and from SIGTERM to SIGKILL
 PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
-    """In the child, before it runs: the kernel sends it SIGTERM when the parent is gone (Linux)."""
+def _prepare_child() -> None:
+    """In the child, before it runs: the kernel sends it SIGTERM when the parent is gone (Linux); no signal is held."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """A handler that raises must not do so between the start of a process and the note that it was started."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _print_line(name: str, line: str) -> None:
@@ -46,17 +58,17 @@ class ProcessGroup:
         }
         try:
             for spec in specs:
-                process = subprocess.Popen(
-                    spec.command(),
-                    env=child_env,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="replace",
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )
-                self.processes[spec.name] = process
+                with _signals_held():
+                    self.processes[spec.name] = process = subprocess.Popen(
+                        spec.command(),
+                        env=child_env,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        errors="replace",
+                        start_new_session=True,
+                        preexec_fn=_prepare_child,
+                    )
                 reader = threading.Thread(target=self._read, args=(spec.name, process.stdout), daemon=True)
                 reader.start()
                 self._readers.append(reader)
