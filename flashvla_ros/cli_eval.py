@@ -87,9 +87,7 @@ class Eval:
         keys = [
             key
             for suite in self.suite
-            for key in episode_keys(
-                suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.draw
-            )
+            for key in episode_keys(suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.draw)
         ]
         config = EvalConfig(
             policy=self.policy,

@@ -19,20 +19,30 @@ GRACE = 8.0  # s from SIGINT to SIGTERM, and from SIGTERM to SIGKILL
 PR_SET_PDEATHSIG = 1
 
 
-def _prepare_child() -> None:
-    """In the child, before it runs: the kernel sends it SIGTERM when the parent is gone (Linux); no signal is held."""
+def _die_with_parent() -> None:
+    """In the child, before it runs: the kernel sends it SIGTERM when the parent is gone (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """A handler that raises must not do so between the start of a process and the note that it was started."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """A handler that raises must not do so between the start of a process and the note that it was started.
+
+    Python runs handlers in the main thread, whichever thread the kernel chose, so that a signal mask holds nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+    before = {wanted: signal.signal(wanted, lambda number, _: came.append(number)) for wanted in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for wanted, handler in before.items():
+            signal.signal(wanted, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _print_line(name: str, line: str) -> None:
@@ -67,7 +77,7 @@ class ProcessGroup:
                         text=True,
                         errors="replace",
                         start_new_session=True,
-                        preexec_fn=_prepare_child,
+                        preexec_fn=_die_with_parent,
                     )
                 reader = threading.Thread(target=self._read, args=(spec.name, process.stdout), daemon=True)
                 reader.start()

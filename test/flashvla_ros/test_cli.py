@@ -74,9 +74,7 @@ def test_the_shipped_policy_solves_a_task_from_its_cameras_through_ros(ros_envir
 
 
 def test_an_interrupted_demo_stops_its_nodes_and_says_so_without_a_traceback(ros_environment, tmp_path):
-    process = subprocess.Popen(
-        [*FLASHVLA, "demo", "--json", "--runs", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*FLASHVLA, "demo", "--json", "--runs", str(tmp_path)], stdout=-1, stderr=-1, text=True)
     while len(children(process.pid)) < 3:
         assert process.poll() is None
         os.sched_yield()
