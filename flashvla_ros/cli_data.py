@@ -44,7 +44,8 @@ class Collect:
     seed: int = 0
     """Of the first episode; the next has the next one."""
     draw: Literal["sampled", "shuffled"] = "sampled"
-    """Starts as LIBERO draws them, or (libero_object) with objects that then exchange places."""
+    """Starts as LIBERO draws them, or, in libero_object, with objects that exchange places, any of which may be asked
+    for."""
     workers: int = 2
     """Processes; each is one core's worth of work and takes about 2 GB."""
     images: str = "raw"

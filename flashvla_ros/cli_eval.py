@@ -36,7 +36,7 @@ class Eval:
     """Initial states such as 20-49, in place of --trials and --first-state."""
     draw: Literal["", "sampled", "shuffled"] = ""
     """Draw fresh starts: the numbers are seeds instead of official initial states. sampled is LIBERO's way; shuffled
-    objects of libero_object exchange places, so that only sight tells them apart."""
+    objects of libero_object exchange places, and any of them may be asked for."""
     seed: int = 0
     """Places the fixtures, which official initial states leave open."""
     run_file: tyro.conf.Positional[Path | None] = None

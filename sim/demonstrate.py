@@ -23,8 +23,8 @@ def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "samp
     It follows from its arguments alone: the executor draws from a generator of this seed and task.
     Raises what the expert, the executor or the environment raises.
     """
-    task = env.task
     observation, _ = env.reset(seed=seed, options={"init_state": draw})
+    task = env.task
     expert = make_expert(env)
     expert.reset(task.language)
     executor.reset(task.language, np.random.default_rng([seed, SUITES.index(task.suite), task.index]))

@@ -14,7 +14,7 @@ from mllm.policy import PROPRIO_SIZES, Observation
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.render import check_renderer, make_renderer
 from sim.stepping import STEPPERS, check_stepper
-from sim.tasks import STEP_LIMITS, check_draw, check_suite, find_task, load_init_states
+from sim.tasks import STEP_LIMITS, asked, check_draw, check_suite, find_task, item_of, load_init_states
 from sim.versions import provenance, warn_about_mujoco
 from sim.world import CONTROL_FREQ, GL_BACKENDS, Privileged, World
 
@@ -124,9 +124,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 
         seed: of this episode; None is the configuration's, every time.
         options: {"init_state": i} for the official initial state i (default 0), {"init_state": "sampled"} for objects
-        placed at random by `seed` as LIBERO does, or {"init_state": "shuffled"} for objects that then exchange places:
-        in libero_object, where LIBERO always puts what a task is about in one place. Equal arguments give equal
-        episodes, whatever came before.
+        placed at random by `seed` as LIBERO does, or {"init_state": "shuffled"} for objects of libero_object that then
+        exchange places, with an instruction about any of them. Equal arguments give equal episodes, whatever came
+        before. `task` has the episode's instruction then.
         Raises ConfigurationError: unknown option or initial state.
         """
         super().reset(seed=seed)
@@ -142,7 +142,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         settle = self.config.settle_steps
         # Only the last sample before the policy's first look is worth drawing.
         self._world.sampler = None if settle else self._sample
-        self._world.reset(seed, state, shuffled=chosen == "shuffled")
+        self.task = asked(self.task, chosen, seed)
+        self._world.reset(seed, state, item=f"{item_of(self.task)}_1" if chosen == "shuffled" else None)
         for left in range(settle, 0, -1):
             self._world.sampler = self._sample if left == 1 else None
             self._stepper.step(NO_OP)
