@@ -122,8 +122,9 @@ class SuiteFolder:
             self._write()
 
     def summarise(self) -> None:
-        """Writes the counts, and LIBERO's file of each task that has demonstrations; it has room for one instruction only, so
-        that shuffled episodes have none."""
+        """Writes the counts, and LIBERO's file of each task that has demonstrations. It has room for one instruction:
+        shuffled episodes have none.
+        """
         for task, kept in self._steps.items():
             entry = self._manifest["tasks"][str(task)]
             entry["demonstrations"], entry["frames"] = len(kept), sum(kept.values())
