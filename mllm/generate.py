@@ -45,7 +45,7 @@ class ActionDecoder:
         if known is None or known[0].cache.capacity < slots:
             capacity = -(-slots // CAPACITY_STEP) * CAPACITY_STEP
             cache = KVCache(self.config.decoder, batch, capacity, self.model.dtype, self.model.device)
-            loop = TokenLoop(self.model, cache, self.ids, self.config.action_tokens)
+            loop = TokenLoop(self.model.language_model, cache, self.ids, self.config.action_tokens)
             known = self._loops[batch] = loop, Recorded(partial(self._fill, cache), self._records_prefill)
         return known
 
