@@ -94,6 +94,24 @@ class KVCache:
         self.valid = [None] * len(self.valid)
 
     @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(part.numel() * part.element_size() for part in self.keys_values)
+
+    def resize(self, capacity: int) -> None:
+        """Moves what is held to new memory of `capacity` slots, layer by layer."""
+        if capacity < max(self.used):
+            raise ValueError(f"{max(self.used)} slots are used: they do not fit {capacity}")
+        for layer, (old, used, known) in enumerate(zip(self.keys_values, self.used, self.valid, strict=True)):
+            new = self.keys_values[layer] = old.new_zeros(*old.shape[:3], capacity, old.shape[4])
+            new[:, :, :, :used] = old[:, :, :, :used]
+            self.pairs[layer] = (new[0], new[1])
+            if known is not None:
+                valid = self.valid[layer] = known.new_ones(self.batch, capacity)
+                valid[:, :used] = known[:, :used]
+        self.capacity = capacity
+
+    @property
     def state(self) -> CacheState:
         return CacheState(tuple(self.used), tuple(self.valid))
 
