@@ -18,7 +18,9 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
+from mllm.decoder import Kept, KVCache  # noqa: E402
 from mllm.describe import Generator, Processor, llava_prompt  # noqa: E402
+from mllm.errors import PolicyError  # noqa: E402
 from mllm.llava import load_llava  # noqa: E402
 
 QUESTIONS = ["what is it ?", "what is on the table ?", "where is the red cube of soup and the blue bowl ?"]
@@ -113,6 +115,10 @@ def their_answer(theirs, images, question, most, **options):
     return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+def until_stop(tokens):
+    return tokens[: tokens.index(2)] if 2 in tokens else tokens
+
+
 def change(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -143,19 +149,226 @@ def test_greedy_answers_equal_transformers(theirs, ours, images, question):
     pixels, ids = asked(processor, images, question)
     answer = Generator(model)(pixels, [ids], 24)
     expected = their_answer(theirs, images, question, 24)
-    assert answer.tokens[0] == expected[: expected.index(2)] if 2 in expected else answer.tokens[0] == expected
+    assert answer.tokens[0] == until_stop(expected)
 
 
 def test_an_answer_ends_before_the_token_that_stops_it(theirs, ours, copy):
-    free = Generator(ours[0])(*_batch(asked(ours[1], 1)), 24).tokens[0]
+    pixels, ids = asked(ours[1], 1)
+    free = Generator(ours[0])(pixels, [ids], 24).tokens[0]
     stop = next(token for token in free[3:] if token not in free[:3])
     change(copy / "generation_config.json", eos_token_id=[2, stop])
-    model = load_llava(copy)
-    answer = Generator(model)(*_batch(asked(ours[1], 1)), 24)
+    answer = Generator(load_llava(copy))(pixels, [ids], 24)
     assert answer.tokens[0] == free[: free.index(stop)]
     assert answer.steps == free.index(stop)
     assert [*answer.tokens[0], stop] == their_answer(theirs, 1, QUESTIONS[0], 24, eos_token_id=[2, stop])
 
 
-def _batch(one):
+def test_a_batch_with_differing_images_and_words_answers_as_one_by_one(ours):
+    model, processor = ours
+    alone = [asked(processor, images, question) for images, question in zip((1, 0, 2), QUESTIONS, strict=True)]
+    pixels = torch.cat([one for one, _ in alone if one is not None])
+    together = Generator(model)(pixels, [ids for _, ids in alone], 20).tokens
+    assert together == [Generator(model)(one, [ids], 20).tokens[0] for one, ids in alone]
+
+
+def test_pixels_and_ids_equal_those_of_transformers_processor(theirs, ours):
+    pictures = [picture(1), picture(2, 29, 77).convert("L")]
+    text = llava_prompt(QUESTIONS[2], 2)
+    expected = theirs[1](images=pictures, text=text, return_tensors="pt")
+    assert torch.equal(ours[1].pixels(pictures), expected["pixel_values"])
+    assert ours[1].ids(text) == expected["input_ids"][0].tolist()
+    assert ours[1].ids(text).count(4) == 2 * PATCHES
+
+
+def newer(name):
+    """transformers 4.52's names."""
+    if name.startswith("language_model."):
+        inner = name.removeprefix("language_model.")
+        return inner if inner.startswith("lm_head") else f"model.language_model.{inner.removeprefix('model.')}"
+    return f"model.{name}".replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def older(name):
+    """Those of the published files."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+@pytest.mark.parametrize("name", [newer, older])
+def test_the_layouts_of_other_versions_of_transformers_load(ours, copy, name):
+    rewrite(copy, name)
+    loaded, expected = load_llava(copy).state_dict(), ours[0].state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_sharded_files_and_tables_that_are_computed_load(theirs, ours, copy):
+    theirs[0].save_pretrained(copy, max_shard_size="60KB")
+    (copy / "model.safetensors").unlink()
+    index = copy / "model.safetensors.index.json"
+    table = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({table: torch.zeros(8)}, copy / "more.safetensors")
+    weights = json.loads(index.read_text())["weight_map"]
+    assert len(set(weights.values())) > 2
+    change(index, weight_map={**weights, table: "more.safetensors"})
+    loaded, expected = load_llava(copy).state_dict(), ours[0].state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@torch.no_grad()
+def test_the_tower_is_run_to_the_layer_that_is_looked_at_and_no_further(theirs, ours):
+    pixels = ours[1].pixels([picture(5)])
+    expected = theirs[0].model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(ours[0].vision_tower(pixels).last_hidden_state, expected)
+    assert len(ours[0].vision_tower.encoder.layers) == 2
+
+
+def test_weights_arrive_in_the_type_asked_for(theirs, ours):
+    model = load_llava(theirs[2], dtype=torch.bfloat16)
+    expected = ours[0].state_dict()
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in model.state_dict().items())
+    assert Generator(model)(*many(asked(ours[1], 1)), 3).tokens[0]
+
+
+def leave_out(name):
+    return lambda old: None if name in old else old
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (leave_out("linear_1.bias"), r"lacks 'multi_modal_projector.linear_1.bias'"),
+        (leave_out("vision_tower.encoder.layers.0.mlp.fc1.bias"), r"lacks 'vision_tower.*layers.0.mlp.fc1.bias'"),
+        (lambda old: old.replace("linear_1", "linear_9"), r"has unknown 'multi_modal_projector.linear_9.bias'"),
+        (lambda old: old.replace("layers.2.layer_norm1", "layers.3.layer_norm1"), r"has unknown .*layers.3"),
+    ],
+)
+def test_a_missing_or_unknown_tensor_is_named(copy, name, message):
+    rewrite(copy, name)
+    with pytest.raises(PolicyError, match=message):
+        load_llava(copy)
+
+
+def test_a_tensor_under_two_names_is_refused(copy):
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
+    save_file(tensors, path)
+    with pytest.raises(PolicyError, match=r"twice, as '.*lm_head.weight' and as '.*lm_head.weight'"):
+        load_llava(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llava_next"}, "model_type is 'llava_next': LLaVA-1.5 has 'llava'"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
+        ({"vision_feature_layer": [-2, -1]}, "'vision_feature_layer' is '\\[-2, -1\\]'"),
+        ({"vision_feature_layer": -5}, "clip_layers is -1"),
+        ({"image_token_index": 40}, "image_token is 40: it must be a whole number from 0 to 39"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config: model_type is 'siglip"),
+        ({"vision_config": {"model_type": "clip_vision_model", "hidden_size": 33}}, "hidden_size is 33"),
+        ({"text_config": {"model_type": "mistral"}}, "text_config.model_type is 'mistral'"),
+    ],
+)
+def test_a_configuration_that_is_no_llava_is_refused_by_its_field(copy, fields, message):
+    change(copy / "config.json", **fields)
+    with pytest.raises(PolicyError, match=message):
+        load_llava(copy)
+
+
+def test_a_tensor_of_another_shape_is_named(copy):
+    config = json.loads((copy / "config.json").read_text())
+    change(copy / "config.json", text_config={**config["text_config"], "vocab_size": 41})
+    with pytest.raises(
+        PolicyError, match=r"embed_tokens.weight' has shape \(40, 64\), where config.json asks for \(41, 64\)"
+    ):
+        load_llava(copy)
+
+
+def test_a_truncated_file_is_refused(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PolicyError, match="truncated"):
+        load_llava(copy)
+
+
+def test_a_processor_that_does_not_fit_the_model_is_refused(ours, copy):
+    change(copy / "config.json", image_token_index=5)
+    with pytest.raises(PolicyError, match=r"<image> is id 4, and config\.json's 5"):
+        Processor(copy, load_llava(copy).config)
+    (copy / "tokenizer.json").unlink()
+    (copy / "processor_config.json").write_text("{")
+    with pytest.raises(PolicyError, match="no processor that transformers can read"):
+        Processor(copy, ours[0].config)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_images_without_a_place_and_places_without_an_image_are_refused(ours, images):
+    model, processor = ours
+    pixels = asked(processor, images)[0]
+    with pytest.raises(PolicyError, match=rf"room for 16 visual tokens, and the images make {16 * images}: .*<image>"):
+        Generator(model)(pixels, [processor.ids(llava_prompt("what is it ?"))], 4)
+
+
+def test_a_prompt_and_an_answer_beyond_the_models_positions_are_refused(ours):
+    model, processor = ours
+    pixels, ids = asked(processor, 1)
+    room = LIMIT - len(ids)
+    assert len(Generator(model)(pixels, [ids], room).tokens[0]) <= room
+    with pytest.raises(PolicyError, match=f"has {len(ids)} tokens and the answer may have {room + 1}: .* 96 positions"):
+        Generator(model)(pixels, [ids], room + 1)
+
+
+def many(one):
+    """One sample's inputs as a batch of one."""
     return one[0], [one[1]]
+
+
+def every_other(trim=True):
+    """Keeps every other visual token from layer 2 on."""
+
+    def make(prompt):
+        def hook(state):
+            if state.layer != 2:
+                return None
+            left = ~prompt.visual | (prompt.visual.cumsum(1) % 2 == 0)
+            return Kept(left.nonzero()[:, 1].view(len(left), -1), trim=trim)
+
+        return hook
+
+    return make
+
+
+def test_a_kept_set_of_everything_changes_no_bit(ours):
+    model, processor = ours
+    pixels, ids = asked(processor, 2)
+    prompt = model.prompt(model.visual_tokens(pixels), [ids])
+    everything = Kept(torch.arange(len(ids))[None])
+    hook = lambda state: everything if state.layer == 2 else None  # noqa: E731
+    states = [model.language_model.model(prompt.hidden, prompt.positions, hook=hook) for hook in (None, hook)]
+    assert torch.equal(*states)
+    plain, kept = (Generator(model, make)(pixels, [ids], 24) for make in (None, lambda prompt: hook))
+    assert plain.tokens == kept.tokens
+    assert kept.cache_bytes == kept.full_cache_bytes == plain.cache_bytes
+
+
+@pytest.mark.parametrize("trim", [True, False], ids=["trimmed", "ragged"])
+@torch.inference_mode()
+def test_a_compressed_answer_goes_on_at_the_prompts_length_over_what_was_kept(ours, trim):
+    model, processor = ours
+    decoder = model.language_model
+    pixels, ids = asked(processor, 2)
+    prompt = model.prompt(model.visual_tokens(pixels), [ids])
+    cache = KVCache(model.config.decoder, 1, len(ids) + 20)
+    hidden = decoder.model(prompt.hidden, prompt.positions, cache=cache, hook=every_other(trim)(prompt), last=1)
+    assert cache.used == [len(ids) - PATCHES * trim] * 2 + [len(ids) - PATCHES] * 2
+    expected = []
+    for step in range(20):
+        expected.append(int(decoder.logits(hidden).argmax()))
+        token = decoder.model.embed_tokens(torch.tensor([expected[-1:]]))
+        hidden = decoder.model(token, torch.tensor([[len(ids) + step]]), cache=cache)
+    answer = Generator(model, every_other(trim))(pixels, [ids], 20)
+    assert answer.tokens[0] == until_stop(expected)
+    assert answer.kept == len(ids) - PATCHES * trim
+    # Keys and values of 4 layers, 2 heads of 16 numbers.
+    assert answer.full_cache_bytes == len(ids) * 2 * LAYERS * 2 * 16 * 4
+    assert answer.cache_bytes == answer.kept * 2 * LAYERS * 2 * 16 * 4
