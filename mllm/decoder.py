@@ -44,12 +44,14 @@ class Kept:
     hidden: (B, K, d) in place of the kept rows, or None for these rows themselves.
     valid: (B, K), where samples keep differing numbers; None takes it from the rows kept.
     trim: cut the keys and values of the earlier layers to the kept positions too.
+    merged: (B, M, 2) int64, for whoever shows it: a row that is not kept, and the kept one that has become its mean.
     """
 
     index: Tensor
     hidden: Tensor | None = None
     valid: Tensor | None = None
     trim: bool = True
+    merged: Tensor | None = None
 
 
 class TokenHook(Protocol):
