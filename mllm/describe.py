@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mllm.compress import CompressConfig, Compressor
+from mllm.config import DecoderConfig
 from mllm.decoder import KVCache, TokenHook
 from mllm.engine import TokenLoop
 from mllm.errors import PolicyError
@@ -86,62 +88,99 @@ class Answer:
     """What a batch of prompts was answered, and at what cost.
 
     tokens: the ids of each sample's answer, without the one that stopped it.
-    prompt, kept: the positions of the longest prompt, and how many of them its later layers saw.
+    prompt: positions of the longest prompt.  dropped: visual tokens of each sample that its later layers did not see.
     vision_s, prefill_s, decode_s: wall time.  steps: decoding steps, each of which makes one token a sample.
     cache_bytes, full_cache_bytes: memory of the prompt's keys and values while the answer is decoded, and if no token
         had been dropped; the prefill itself takes the latter.
+    prefill_flops, full_prefill_flops: of the decoder, by `prefill_flops`; what choosing the tokens takes is left out.
     """
 
     tokens: list[list[int]]
     prompt: int
-    kept: int
+    dropped: int
     vision_s: float
     prefill_s: float
     decode_s: float
     steps: int
     cache_bytes: int
     full_cache_bytes: int
+    prefill_flops: int
+    full_prefill_flops: int
+
+
+def prefill_flops(config: DecoderConfig, counts: Sequence[int]) -> int:
+    """Floating-point operations that the decoder takes for a prompt's first token, counts[i] positions in layer i.
+
+    Every product counts its multiplications and additions, and attention as if every position saw all of them, as
+    torch's counter has it; of the last layer only the last position is finished.
+    """
+    inner, size = config.num_attention_heads * config.head_dim, config.hidden_size
+    projections = size * (inner + 2 * config.num_key_value_heads * config.head_dim)
+    finished = size * inner + 3 * size * config.intermediate_size
+    rows = [*counts[:-1], 1]
+    layers = (
+        count * projections + row * (finished + 2 * count * inner) for count, row in zip(counts, rows, strict=True)
+    )
+    return 2 * (sum(layers) + size * config.vocab_size)
 
 
 class Generator:
     """Greedy generation, for one prompt or a batch.
 
-    make_hook: a token hook for a prompt, or None; see `mllm.decoder`.
+    compress: which visual tokens the decoder goes on with; see `mllm.compress`. "per_camera" means per image.
     """
 
-    def __init__(self, model: Llava, make_hook: Callable[[Prompt], TokenHook | None] | None = None) -> None:
-        self.model, self.make_hook = model, make_hook
+    def __init__(self, model: Llava, compress: CompressConfig | None = None) -> None:
+        self.model, self.compress = model, compress or CompressConfig()
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor | None, texts: Sequence[Sequence[int]], most: int) -> Answer:
         """pixels: (n, 3, S, S), or None without images; texts: ids a sample, as `Processor` makes them.
         most: tokens of an answer at most.
 
-        Raises PolicyError: see `Llava.prompt`.
+        Raises PolicyError: see `Llava.prompt` and `CompressConfig.check`; compression needs equally many images in
+        every sample.
         """
         if most < 1:
             raise PolicyError(f"an answer of {most} tokens was asked for: it must be at least 1")
-        model = self.model
+        model, config = self.model, self.model.config.decoder
         start = self._time()
         visual = None if pixels is None else model.visual_tokens(pixels.to(model.device, model.dtype))
         prompt = model.prompt(visual, texts, most)
+        hook = self._hook(prompt)
         seen = self._time()
-        hook = self.make_hook(prompt) if self.make_hook is not None else None
         cache, first = self._prefill(prompt, hook)
         filled = self._time()
-        full, count, kept = cache.bytes, cache.capacity, max(cache.used)
+        full, count, used = cache.bytes, cache.capacity, tuple(cache.used)
         tokens, steps = self._decode(prompt, cache, first, most)
+        # The layers that saw all tokens may have forgotten some of them afterwards.
+        early = self.compress.layer if hook is not None else 0
+        counts = [count] * early + list(used[early:])
+        batch = len(texts)
         return Answer(
             tokens,
             count,
-            kept,
+            count - used[-1],
             vision_s=seen - start,
             prefill_s=filled - seen,
             decode_s=self._time() - filled,
             steps=steps,
-            cache_bytes=full * kept // count,
+            cache_bytes=full * max(used) // count,
             full_cache_bytes=full,
+            prefill_flops=batch * prefill_flops(config, counts),
+            full_prefill_flops=batch * prefill_flops(config, [count] * len(used)),
         )
+
+    def _hook(self, prompt: Prompt) -> TokenHook | None:
+        if self.compress.method == "none":
+            return None
+        config, counts = self.model.config, prompt.visual.sum(1).tolist()
+        if len(set(counts)) > 1:
+            raise PolicyError(
+                f"the samples have {counts} visual tokens: compression needs equally many in every sample of a batch"
+            )
+        places = prompt.visual.nonzero()[:, 1].view(len(counts), -1)
+        return Compressor(self.compress, places, config.decoder.num_hidden_layers, counts[0] // config.clip.patches)
 
     def _time(self) -> float:
         if self.model.device.type == "cuda":

@@ -10,91 +10,33 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mllm.torchvision_import import import_beside_torchvision  # noqa: E402
-
-transformers = import_beside_torchvision("transformers")
-
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from mllm.decoder import Kept, KVCache  # noqa: E402
+from mllm.compress import CompressConfig, Compressor  # noqa: E402
+from mllm.decoder import KVCache  # noqa: E402
 from mllm.describe import Generator, Processor, llava_prompt  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
-from mllm.llava import load_llava  # noqa: E402
+from mllm.llava import Llava, is_unused, llava_config, load_llava, published  # noqa: E402
+from mllm.tensor_names import places  # noqa: E402
+from mllm.torchvision_import import import_beside_torchvision  # noqa: E402
 
 QUESTIONS = ["what is it ?", "what is on the table ?", "where is the red cube of soup and the blue bowl ?"]
-WORDS = ["USER", ":", "ASSISTANT", *dict.fromkeys(" ".join(QUESTIONS).split())]
 SIZE, PATCHES, LAYERS, LIMIT = 28, 16, 4, 96
 
 
-def make_processor():
-    names = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *WORDS]
-    fast = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
-    fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        padding_side="left",
-        additional_special_tokens=["<image>"],
-    )
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return transformers.LlavaProcessor(
-        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-
-
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """(transformers' model, its processor, folder of both)."""
-    torch.manual_seed(3)
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=SIZE,
-            patch_size=7,
-        ),
-        text_config=transformers.LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=40,
-            max_position_embeddings=LIMIT,
-            pad_token_id=3,
-        ),
-        image_token_index=4,
-        image_seq_length=PATCHES,
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():
-        scale = "norm" in name and name.endswith("weight")
-        parameter.data.normal_(std=0.2).add_(1.0 if scale else 0.0)
-    processor, folder = make_processor(), tmp_path_factory.mktemp("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model, processor, folder
-
-
-@pytest.fixture(scope="module")
-def ours(theirs):
+def ours(their_llava):
     """(our model, our processor)."""
-    model = load_llava(theirs[2])
-    return model, Processor(theirs[2], model.config)
+    model = load_llava(their_llava[2])
+    return model, Processor(their_llava[2], model.config)
 
 
 @pytest.fixture
-def copy(theirs, tmp_path):
+def copy(their_llava, tmp_path):
     """A checkpoint of its own, for a test to change."""
-    return shutil.copytree(theirs[2], tmp_path / "checkpoint")
+    return shutil.copytree(their_llava[2], tmp_path / "checkpoint")
 
 
 def picture(seed, width=40, height=31):
@@ -107,8 +49,8 @@ def asked(processor, images, question=QUESTIONS[0]):
     return pixels, processor.ids(llava_prompt(question, images))
 
 
-def their_answer(theirs, images, question, most, **options):
-    model, processor, _ = theirs
+def their_answer(their_llava, images, question, most, **options):
+    model, processor, _ = their_llava
     pictures = [picture(seed) for seed in range(images)] or None
     inputs = processor(images=pictures, text=llava_prompt(question, images), return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=most, do_sample=False, **options)
@@ -132,27 +74,27 @@ def rewrite(folder, name):
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 @torch.no_grad()
-def test_logits_equal_transformers(theirs, ours, images):
+def test_logits_equal_transformers(their_llava, ours, images):
     model, processor = ours
     pixels, ids = asked(processor, images)
     prompt = model.prompt(None if pixels is None else model.visual_tokens(pixels), [ids])
     answer = model.language_model.logits(model.language_model.model(prompt.hidden, prompt.positions))
-    expected = theirs[0](input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+    expected = their_llava[0](input_ids=torch.tensor([ids]), pixel_values=pixels).logits
     assert answer.shape == expected.shape
     assert (answer - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_greedy_answers_equal_transformers(theirs, ours, images, question):
+def test_greedy_answers_equal_transformers(their_llava, ours, images, question):
     model, processor = ours
     pixels, ids = asked(processor, images, question)
     answer = Generator(model)(pixels, [ids], 24)
-    expected = their_answer(theirs, images, question, 24)
+    expected = their_answer(their_llava, images, question, 24)
     assert answer.tokens[0] == until_stop(expected)
 
 
-def test_an_answer_ends_before_the_token_that_stops_it(theirs, ours, copy):
+def test_an_answer_ends_before_the_token_that_stops_it(their_llava, ours, copy):
     pixels, ids = asked(ours[1], 1)
     free = Generator(ours[0])(pixels, [ids], 24).tokens[0]
     stop = next(token for token in free[3:] if token not in free[:3])
@@ -160,7 +102,7 @@ def test_an_answer_ends_before_the_token_that_stops_it(theirs, ours, copy):
     answer = Generator(load_llava(copy))(pixels, [ids], 24)
     assert answer.tokens[0] == free[: free.index(stop)]
     assert answer.steps == free.index(stop)
-    assert [*answer.tokens[0], stop] == their_answer(theirs, 1, QUESTIONS[0], 24, eos_token_id=[2, stop])
+    assert [*answer.tokens[0], stop] == their_answer(their_llava, 1, QUESTIONS[0], 24, eos_token_id=[2, stop])
 
 
 def test_a_batch_with_differing_images_and_words_answers_as_one_by_one(ours):
@@ -171,10 +113,10 @@ def test_a_batch_with_differing_images_and_words_answers_as_one_by_one(ours):
     assert together == [Generator(model)(one, [ids], 20).tokens[0] for one, ids in alone]
 
 
-def test_pixels_and_ids_equal_those_of_transformers_processor(theirs, ours):
+def test_pixels_and_ids_equal_those_of_transformers_processor(their_llava, ours):
     pictures = [picture(1), picture(2, 29, 77).convert("L")]
     text = llava_prompt(QUESTIONS[2], 2)
-    expected = theirs[1](images=pictures, text=text, return_tensors="pt")
+    expected = their_llava[1](images=pictures, text=text, return_tensors="pt")
     assert torch.equal(ours[1].pixels(pictures), expected["pixel_values"])
     assert ours[1].ids(text) == expected["input_ids"][0].tolist()
     assert ours[1].ids(text).count(4) == 2 * PATCHES
@@ -200,8 +142,8 @@ def test_the_layouts_of_other_versions_of_transformers_load(ours, copy, name):
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_sharded_files_and_tables_that_are_computed_load(theirs, ours, copy):
-    theirs[0].save_pretrained(copy, max_shard_size="60KB")
+def test_sharded_files_and_tables_that_are_computed_load(their_llava, ours, copy):
+    their_llava[0].save_pretrained(copy, max_shard_size="60KB")
     (copy / "model.safetensors").unlink()
     index = copy / "model.safetensors.index.json"
     table = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -213,16 +155,39 @@ def test_sharded_files_and_tables_that_are_computed_load(theirs, ours, copy):
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+def test_the_published_7b_has_the_tensors_that_its_short_configuration_asks_for(tmp_path):
+    """Of sizes that are transformers' defaults the published config.json says nothing. Nothing is allocated here."""
+    transformers = import_beside_torchvision("transformers")
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision.update(model_type="clip_vision_model", image_size=336, patch_size=14, projection_dim=768, vocab_size=32000)
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    config = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu"}
+    config.update(vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": vision, "text_config": text}))
+    with torch.device("meta"):
+        ours = Llava(llava_config(tmp_path))
+        theirs = transformers.LlavaForConditionalGeneration(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert ours.config.clip.patches == 576
+    wanted = {
+        name: place.of(ours.state_dict()).shape for name, place in places(list(ours.state_dict()), ours.config.decoder)
+    }
+    wanted = {published(name): shape for name, shape in wanted.items()}
+    given = {published(name): tensor.shape for name, tensor in theirs.state_dict().items()}
+    unused = {name for name in given if is_unused(name, ours.config)}
+    assert wanted == {name: shape for name, shape in given.items() if name not in unused}
+    assert {name.split(".")[4] for name in unused} == {"23"}
+
+
 @torch.no_grad()
-def test_the_tower_is_run_to_the_layer_that_is_looked_at_and_no_further(theirs, ours):
+def test_the_tower_is_run_to_the_layer_that_is_looked_at_and_no_further(their_llava, ours):
     pixels = ours[1].pixels([picture(5)])
-    expected = theirs[0].model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    expected = their_llava[0].model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
     assert torch.equal(ours[0].vision_tower(pixels).last_hidden_state, expected)
     assert len(ours[0].vision_tower.encoder.layers) == 2
 
 
-def test_weights_arrive_in_the_type_asked_for(theirs, ours):
-    model = load_llava(theirs[2], dtype=torch.bfloat16)
+def test_weights_arrive_in_the_type_asked_for(their_llava, ours):
+    model = load_llava(their_llava[2], dtype=torch.bfloat16)
     expected = ours[0].state_dict()
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in model.state_dict().items())
     assert Generator(model)(*many(asked(ours[1], 1)), 3).tokens[0]
@@ -323,52 +288,81 @@ def many(one):
     return one[0], [one[1]]
 
 
-def every_other(trim=True):
-    """Keeps every other visual token from layer 2 on."""
-
-    def make(prompt):
-        def hook(state):
-            if state.layer != 2:
-                return None
-            left = ~prompt.visual | (prompt.visual.cumsum(1) % 2 == 0)
-            return Kept(left.nonzero()[:, 1].view(len(left), -1), trim=trim)
-
-        return hook
-
-    return make
+METHODS = ("flashvla", "tokencarve", "fastv", "random", "uniform")
 
 
-def test_a_kept_set_of_everything_changes_no_bit(ours):
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_all_changes_no_bit(ours, method):
     model, processor = ours
     pixels, ids = asked(processor, 2)
     prompt = model.prompt(model.visual_tokens(pixels), [ids])
-    everything = Kept(torch.arange(len(ids))[None])
-    hook = lambda state: everything if state.layer == 2 else None  # noqa: E731
+    config = CompressConfig(method, keep=2 * PATCHES)
+    hook = Compressor(config, prompt.visual.nonzero()[None, :, 1], LAYERS, images=2)
     states = [model.language_model.model(prompt.hidden, prompt.positions, hook=hook) for hook in (None, hook)]
     assert torch.equal(*states)
-    plain, kept = (Generator(model, make)(pixels, [ids], 24) for make in (None, lambda prompt: hook))
+    plain, kept = (Generator(model, given)(pixels, [ids], 24) for given in (None, config))
     assert plain.tokens == kept.tokens
-    assert kept.cache_bytes == kept.full_cache_bytes == plain.cache_bytes
+    assert plain.cache_bytes == kept.cache_bytes == kept.full_cache_bytes
+    assert plain.prefill_flops == kept.prefill_flops == kept.full_prefill_flops
+    assert kept.dropped == 0
 
 
 @pytest.mark.parametrize("trim", [True, False], ids=["trimmed", "ragged"])
+@pytest.mark.parametrize("method", METHODS)
 @torch.inference_mode()
-def test_a_compressed_answer_goes_on_at_the_prompts_length_over_what_was_kept(ours, trim):
+def test_a_compressed_answer_goes_on_at_the_prompts_length_over_what_was_kept(ours, method, trim):
     model, processor = ours
-    decoder = model.language_model
+    decoder, config = model.language_model, CompressConfig(method, keep=10, trim=trim)
     pixels, ids = asked(processor, 2)
+    count, dropped = len(ids), 2 * PATCHES - 10
     prompt = model.prompt(model.visual_tokens(pixels), [ids])
-    cache = KVCache(model.config.decoder, 1, len(ids) + 20)
-    hidden = decoder.model(prompt.hidden, prompt.positions, cache=cache, hook=every_other(trim)(prompt), last=1)
-    assert cache.used == [len(ids) - PATCHES * trim] * 2 + [len(ids) - PATCHES] * 2
+    hook = Compressor(config, prompt.visual.nonzero()[None, :, 1], LAYERS, images=2)
+    cache = KVCache(model.config.decoder, 1, count + 20)
+    hidden = decoder.model(prompt.hidden, prompt.positions, cache=cache, hook=hook, last=1)
+    assert cache.used == [count - dropped * trim] * 2 + [count - dropped] * 2
     expected = []
     for step in range(20):
         expected.append(int(decoder.logits(hidden).argmax()))
         token = decoder.model.embed_tokens(torch.tensor([expected[-1:]]))
-        hidden = decoder.model(token, torch.tensor([[len(ids) + step]]), cache=cache)
-    answer = Generator(model, every_other(trim))(pixels, [ids], 20)
+        hidden = decoder.model(token, torch.tensor([[count + step]]), cache=cache)
+    answer = Generator(model, config)(pixels, [ids], 20)
     assert answer.tokens[0] == until_stop(expected)
-    assert answer.kept == len(ids) - PATCHES * trim
+    assert answer.dropped == dropped
     # Keys and values of 4 layers, 2 heads of 16 numbers.
-    assert answer.full_cache_bytes == len(ids) * 2 * LAYERS * 2 * 16 * 4
-    assert answer.cache_bytes == answer.kept * 2 * LAYERS * 2 * 16 * 4
+    assert answer.full_cache_bytes == count * 2 * LAYERS * 2 * 16 * 4
+    assert answer.cache_bytes == (count - dropped * trim) * 2 * LAYERS * 2 * 16 * 4
+
+
+def test_a_compressed_batch_of_differing_words_answers_as_one_by_one(ours):
+    model, processor = ours
+    generate = Generator(model, CompressConfig("tokencarve", keep=6))
+    alone = [asked(processor, 1, question) for question in QUESTIONS]
+    pixels = torch.cat([one for one, _ in alone])
+    together = generate(pixels, [ids for _, ids in alone], 20).tokens
+    assert together == [generate(one, [ids], 20).tokens[0] for one, ids in alone]
+
+
+def test_what_cannot_be_compressed_is_refused(ours):
+    model, processor = ours
+    generate = Generator(model, CompressConfig("tokencarve", keep=17))
+    one, two = asked(processor, 1), asked(processor, 2)
+    with pytest.raises(PolicyError, match="keep is 17: there are 16 visual tokens"):
+        generate(*many(one), 4)
+    with pytest.raises(PolicyError, match=r"the samples have \[16, 32\] visual tokens"):
+        generate(torch.cat((one[0], two[0])), [one[1], two[1]], 4)
+
+
+@pytest.mark.parametrize("method", ["none", "uniform"])
+def test_prefill_flops_equal_torchs_counter(their_llava, ours, method):
+    # In float64, as the counter does not know the fused attention of a CPU.
+    model = load_llava(their_llava[2], dtype=torch.float64)
+    pixels, ids = asked(ours[1], 2)
+    pixels = pixels.double()
+    prompt = model.prompt(model.visual_tokens(pixels), [ids])
+    places = prompt.visual.nonzero()[None, :, 1]
+    generator = Generator(model, CompressConfig(method, keep=8))
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        generator._prefill(prompt, Compressor(generator.compress, places, LAYERS))
+    answer = generator(pixels, [ids], 1)
+    assert answer.prefill_flops == counter.get_total_flops()
+    assert (answer.prefill_flops < answer.full_prefill_flops) == (method == "uniform")
