@@ -53,9 +53,9 @@ class Processor:
         self.tokenizer: Any = own.tokenizer
         self.images: Any = own.image_processor
         place = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        if place != config.image_token:
+        if place != config.image_token_index:
             raise PolicyError(
-                f"{folder}: the tokenizer's {IMAGE} is id {place}, and config.json's {config.image_token}"
+                f"{folder}: the tokenizer's {IMAGE} is id {place}, and config.json's {config.image_token_index}"
             )
         if len(self.tokenizer) > config.decoder.vocab_size:
             raise PolicyError(
@@ -75,7 +75,7 @@ class Processor:
 
     def ids(self, text: str) -> list[int]:
         """Token ids with BOS; every <image> becomes as many as its visual tokens."""
-        place, patches = self.config.image_token, self.config.clip.patches
+        place, patches = self.config.image_token_index, self.config.clip.patches
         ids = self.tokenizer(text)["input_ids"]
         return [token for token in ids for _ in range(patches if token == place else 1)]
 

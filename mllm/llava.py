@@ -74,20 +74,29 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """clip_layers: how many of the tower's layers are run; LLaVA-1.5 looks at the output of the second to last.
-    image_token: the id that stands for a visual token in a prompt.
+    """A LLaVA-1.5, in the words of Hugging Face's LlavaConfig.
+
+    vision_feature_layer: which of the tower's hidden states is looked at; the first, 0, is its embeddings.
+    image_token_index: the id that stands for a visual token in a prompt.
     stop: ids that end an answer.
     """
 
     clip: ClipConfig
     decoder: DecoderConfig
-    clip_layers: int
-    image_token: int = 32000
+    vision_feature_layer: int = -2
+    image_token_index: int = 32000
     stop: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        check_sizes(self, {"clip_layers": (1, self.clip.num_hidden_layers)})
-        check_sizes(self, {"image_token": (0, self.decoder.vocab_size - 1)})
+        depth = self.clip.num_hidden_layers
+        check_sizes(self, {"vision_feature_layer": (-depth, depth)})
+        check_sizes(self, {"image_token_index": (0, self.decoder.vocab_size - 1)})
+
+    @property
+    def clip_layers(self) -> int:
+        """How many of the tower's layers are run."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.clip.num_hidden_layers + 1 + layer
 
 
 def llava_config(folder: Path) -> LlavaConfig:
@@ -97,17 +106,15 @@ def llava_config(folder: Path) -> LlavaConfig:
     check_fixed(config, FIXED, where)
     vision, text = part(config, "vision_config", dict, where), part(config, "text_config", dict, where)
     check_fixed(vision, FIXED_VISION, f"{where}: vision_config")
-    layer = part(config, "vision_feature_layer", int, where, -2)
-    # Of CLIP's hidden states the first is the embeddings.
     known = {field.name for field in fields(ClipConfig)}
     try:
         clip = ClipConfig(**{key: value for key, value in vision.items() if key in known})
         return LlavaConfig(
             clip,
             decoder_from_hf(text, where),
-            clip_layers=layer if layer >= 0 else clip.num_hidden_layers + 1 + layer,
-            image_token=part(config, "image_token_index", int, where, 32000),
-            stop=stop_ids(folder, text),
+            part(config, "vision_feature_layer", int, where, -2),
+            part(config, "image_token_index", int, where, 32000),
+            stop_ids(folder, text),
         )
     except PolicyError as error:
         raise PolicyError(f"{where}: {error}") from error
@@ -189,12 +196,12 @@ class Llava(nn.Module):
 
     def prompt(self, visual: Tensor | None, texts: Sequence[Sequence[int]], room: int = 0) -> Prompt:
         """visual: (n, N, hidden), in the order in which the samples use them; None without images.
-        texts: a list of ids a sample, with `image_token` N times where an image stands.
+        texts: a list of ids a sample, with `image_token_index` N times where an image stands.
         room: tokens that shall fit behind the prompt.
 
         Raises PolicyError: no text, places and images that do not match, or more positions than the model has.
         """
-        ids, limit = self.config.image_token, self.config.decoder.max_position_embeddings
+        ids, limit = self.config.image_token_index, self.config.decoder.max_position_embeddings
         lengths = [len(text) for text in texts]
         longest, shortest = max(lengths, default=0), min(lengths, default=0)
         if not shortest:
