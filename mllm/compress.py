@@ -77,7 +77,7 @@ class CompressConfig:
 
         Raises PolicyError: an unknown field, or a wrong value.
         """
-        given = {"method": compress} if isinstance(compress, str) else dict(compress)
+        given: dict[str, Any] = {"method": compress} if isinstance(compress, str) else dict(compress)
         if keep is not None:
             given["keep"] = keep
         known = [field.name for field in fields(cls)]

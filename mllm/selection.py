@@ -62,8 +62,8 @@ def carve(tokens: Tensor, products: Tensor, total: Tensor, keep: int) -> Selecti
     tokens: (B, N, d).  products: (B, N, N), their `gram`.  total: (B, N), the fused ranks.
 
     The best 1.5 `keep` tokens are halved: those of the lower half that are most like one of the upper half, by cosine,
-    are merged into it as a plain mean, until `keep` are left. Where there are fewer than 1.5 `keep`, fewer are merged; of
-    an odd number the upper half has one more (our choice).
+    are merged into it as a plain mean, until `keep` are left. Where there are fewer than 1.5 `keep`, fewer are merged;
+    of an odd number the upper half has one more (our choice).
     """
     size = tokens.shape[-1]
     reserve = min(keep + keep // 2, tokens.shape[1])
