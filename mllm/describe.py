@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from mllm.compress import CompressConfig, Compressor
-from mllm.config import DecoderConfig
 from mllm.decoder import KVCache, TokenHook
 from mllm.engine import TokenLoop
 from mllm.errors import PolicyError
+from mllm.flops import prefill_flops
 from mllm.llava import Llava, LlavaConfig, Prompt
 from mllm.torchvision_import import import_beside_torchvision
 
@@ -92,7 +93,7 @@ class Answer:
     vision_s, prefill_s, decode_s: wall time.  steps: decoding steps, each of which makes one token a sample.
     cache_bytes, full_cache_bytes: memory of the prompt's keys and values while the answer is decoded, and if no token
         had been dropped; the prefill itself takes the latter.
-    prefill_flops, full_prefill_flops: of the decoder, by `prefill_flops`; what choosing the tokens takes is left out.
+    prefill_flops, full_prefill_flops: operations of the decoder, by `mllm.flops`; choosing the tokens is left out.
     """
 
     tokens: list[list[int]]
@@ -106,22 +107,6 @@ class Answer:
     full_cache_bytes: int
     prefill_flops: int
     full_prefill_flops: int
-
-
-def prefill_flops(config: DecoderConfig, counts: Sequence[int]) -> int:
-    """Floating-point operations that the decoder takes for a prompt's first token, counts[i] positions in layer i.
-
-    Every product counts its multiplications and additions, and attention as if every position saw all of them, as
-    torch's counter has it; of the last layer only the last position is finished.
-    """
-    inner, size = config.num_attention_heads * config.head_dim, config.hidden_size
-    projections = size * (inner + 2 * config.num_key_value_heads * config.head_dim)
-    finished = size * inner + 3 * size * config.intermediate_size
-    rows = [*counts[:-1], 1]
-    layers = (
-        count * projections + row * (finished + 2 * count * inner) for count, row in zip(counts, rows, strict=True)
-    )
-    return 2 * (sum(layers) + size * config.vocab_size)
 
 
 class Generator:
@@ -152,13 +137,11 @@ class Generator:
         cache, first = self._prefill(prompt, hook)
         filled = self._time()
         full, count, used = cache.bytes, cache.capacity, tuple(cache.used)
-        tokens, steps = self._decode(prompt, cache, first, most)
-        # The layers that saw all tokens may have forgotten some of them afterwards.
-        early = self.compress.layer if hook is not None else 0
-        counts = [count] * early + list(used[early:])
-        batch = len(texts)
+        answers, steps = self._decode(prompt, cache, first, most)
+        tokens = int(prompt.visual[0].sum())
+        flops, head = partial(prefill_flops, config, count, tokens), 2 * config.hidden_size * config.vocab_size
         return Answer(
-            tokens,
+            answers,
             count,
             count - used[-1],
             vision_s=seen - start,
@@ -167,8 +150,8 @@ class Generator:
             steps=steps,
             cache_bytes=full * max(used) // count,
             full_cache_bytes=full,
-            prefill_flops=batch * prefill_flops(config, counts),
-            full_prefill_flops=batch * prefill_flops(config, [count] * len(used)),
+            prefill_flops=len(texts) * (flops(self.compress) + head),
+            full_prefill_flops=len(texts) * (flops() + head),
         )
 
     def _hook(self, prompt: Prompt) -> TokenHook | None:

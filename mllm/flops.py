@@ -62,13 +62,10 @@ def step_flops(
     else:
         stop = int(config.decoding == "full")
         length, last, head_rows = prompt + answer + stop, answer + 2 * stop, answer
-    kept = _kept(length, tokens, decoder, compress)
     ids = config.action_bins if restricted else decoder.vocab_size
     head = 2 * decoder.hidden_size * ids if model.action_head is None else _weights(model.action_head)
     prefill = head_rows * head + (_weights(proprio) if proprio is not None else 0)
-    for number, rows in enumerate(kept, 1):
-        outputs = min(last, rows) if number == len(kept) else rows
-        prefill += _projections(decoder, rows) + _outputs(decoder, outputs, rows)
+    prefill += prefill_flops(decoder, length, tokens, compress, last)
     decode = 0
     if config.decoding == "causal":
         capacity = -(-(prompt + answer) // CAPACITY_STEP) * CAPACITY_STEP
@@ -81,6 +78,18 @@ def step_flops(
         "decode": decode,
     }
     return {**stages, "step": sum(stages.values())}
+
+
+def prefill_flops(
+    decoder: DecoderConfig, length: int, tokens: int, compress: CompressConfig | None = None, last: int = 1
+) -> int:
+    """Operations of a decoder's layers on a prompt of `length` positions, of which `tokens` are visual.
+
+    last: positions whose outputs are asked for; see `mllm.decoder.Decoder`.
+    """
+    *before, rows = _kept(length, tokens, decoder, compress)
+    total = sum(_projections(decoder, n) + _outputs(decoder, n, n) for n in before)
+    return total + _projections(decoder, rows) + _outputs(decoder, min(last, rows), rows)
 
 
 def selection_flops(config: VLAConfig, tokens: int, length: int, compress: CompressConfig) -> int:
