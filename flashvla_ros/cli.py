@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flashvla_ros import cli_data, cli_eval, cli_train
+from flashvla_ros import cli_data, cli_describe, cli_eval, cli_train
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
@@ -273,6 +273,7 @@ def main(args: list[str] | None = None) -> int:
             **cli_data.COMMANDS,
             **cli_train.COMMANDS,
             **cli_eval.COMMANDS,
+            **cli_describe.COMMANDS,
         },
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",

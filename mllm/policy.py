@@ -73,12 +73,15 @@ class ActionStep:
     flags: anything else worth recording about the step; values are numbers, booleans or short strings.
     kept: (K,) int64, ascending: which visual tokens the decoder kept, counted over all cameras in the model's order;
         None where it chose none, or did not run.
+    merged: (M, 2) int64, counted likewise: a token that is gone, and the kept one that it is part of now; None where
+        the decoder merges none, or did not run.
     """
 
     action: np.ndarray
     timing: Mapping[str, float] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     kept: np.ndarray | None = None
+    merged: np.ndarray | None = None
 
 
 def check_action(action: np.ndarray) -> np.ndarray:
