@@ -90,7 +90,9 @@ class FrameGate:
             rows, columns = (round(inset * side) for side in image.shape[:2])
             image = image[rows : image.shape[0] - rows, columns : image.shape[1] - columns]
         side = CELLS * PIXELS
-        small = cv2.resize(np.ascontiguousarray(image), (side, side), interpolation=cv2.INTER_AREA)
+        step = max(1, min(image.shape[:2]) // (2 * side))  # not every pixel of a large image
+        image = np.ascontiguousarray(image[::step, ::step])
+        small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
         return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
 
 

@@ -60,7 +60,7 @@ class ReuseConfig:
     chance_corrected: take (phi - k/N) / (1 - k/N) for phi, which is 0 for k of N tokens drawn by chance.
     max_consecutive: reuses in a row.  computed_between: looks that run the model between two rows of reuses. The
         paper's are 1 and 2; more reuse than that needs the gate.
-    max_surprise: grey levels of `FrameGate.surprise` above which a frame has changed. The default is what 5 % of the
+    max_surprise: grey levels of `FrameGate.surprise` above which a frame has changed. The default is what 10 % of the
         frames of LIBERO's demonstrations exceed (`flashvla calibrate`).
     """
 
@@ -70,7 +70,7 @@ class ReuseConfig:
     chance_corrected: bool = False
     max_consecutive: int = 1
     computed_between: int = 2
-    max_surprise: float = 15.0
+    max_surprise: float = 17.0
 
     def __post_init__(self) -> None:
         check_choice(self, {"mode": MODES})
@@ -150,7 +150,7 @@ class ActionReuse:
         self._plan = self._said = self._foreseen = np.empty((0, 7), np.float32)
         self._done = 0  # actions of the plan that were carried out
         self._count = 1  # actions that the policy carries out of a plan by itself
-        self._reusing = np.empty((0, 7), np.float32)  # what is left of a reuse
+        self._again = 0  # steps for which a reuse goes on
         self._run = self._since = 0  # reuses since the model ran, looks that ran it since a reuse
         self._surprise = 0.0
         self._gate.clear()
@@ -168,18 +168,18 @@ class ActionReuse:
         if self._left:
             return None, None
         decision = None
-        if len(self._reusing) and gated and self._surprise > self.config.max_surprise:
-            self._reusing = self._reusing[:0]
+        if self._again and gated and self._surprise > self.config.max_surprise:
+            self._again = 0
             decision = Decision(Reason.FRAME_CHANGED, surprise=self._surprise)
-        elif not len(self._reusing):
+        elif not self._again:
             decision = self._decide()
             if decision.reason is Reason.REUSED:
-                self._reusing = self._next()
-                self._done += len(self._reusing)
+                self._again = len(self._next())
                 self._run, self._since = self._run + 1, 0
-        if not len(self._reusing):
+        if not self._again:
             return decision, None
-        action, self._reusing = self._reusing[0].copy(), self._reusing[1:]
+        action = self._plan[min(self._done, len(self._plan) - 1)].copy()
+        self._done, self._again = self._done + 1, self._again - 1
         return decision, action
 
     def computed(self, step: ActionStep) -> None:
@@ -191,8 +191,6 @@ class ActionReuse:
         self._count = step.left + 1
         if step.plan is not None and (plan.shape[1:] != (7,) or len(plan) < self._count):
             raise PolicyError(f"a plan of shape {plan.shape}: it must be (n, 7), n at least left + 1 = {self._count}")
-        if self._surprise > self.config.max_surprise:  # what was before it says nothing about what is now
-            self._kept, self._since = [], 0
         # What the plan so far would have gone on with; past its end, its last action.
         said = plan[: self._count]
         places = np.minimum(np.arange(self._done, self._done + len(said)), len(self._plan) - 1)
