@@ -112,7 +112,7 @@ class PolicyNode(LifecycleNode):
         self._inference: Inference | None = None
         self._instruction = p.instruction
         self._load_error = ""
-        self._answered = self._reused = self._refused = 0
+        self._answered = self._reused = self._refused = self._corrected = 0
         self._reasons: Counter[str | None] = Counter()
         self._latency = Window()
         self._inputs: list[Any] = []
@@ -235,6 +235,7 @@ class PolicyNode(LifecycleNode):
     def _on_decision(self, message: DiagnosticArray) -> None:
         passed = all(entry.message == Verdict.PASSED.value for entry in message.status)
         if not passed and self._inference is not None:
+            self._corrected += 1
             self._inference.forget()
 
     def _on_change(self, params: PolicyParameters) -> None:
@@ -343,6 +344,7 @@ class PolicyNode(LifecycleNode):
             "replaced": inference.replaced if inference else 0,
             "unmatched": self._sync.unmatched if inference else 0,
             "refused": self._refused,
+            "corrected": self._corrected,
             "instruction": self._instruction,
             **self._latency.summary("latency"),
         }
