@@ -118,7 +118,7 @@ class Inference:
                     return
                 asked, self._asked = self._asked, deque()
                 instruction, work = self._reset_to, self._work if self._ready else None
-                if work is not None:
+                if self._ready or instruction is not None:  # what came before a reset is not answered
                     self._work = None
                 forget, self._forget = self._forget, False
             for job, future in asked:

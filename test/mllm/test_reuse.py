@@ -176,9 +176,9 @@ def test_a_policy_with_chunks_that_does_not_show_its_plans_is_never_reused():
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (4, 6)])
 def test_a_plan_of_a_wrong_shape_is_an_error(shape):
+    reuse = ActionReuse(PAPER)
+    reuse.decide({})
     with pytest.raises(PolicyError, match="it must be \\(n, 7\\), n at least left \\+ 1 = 2"):
-        reuse = ActionReuse(PAPER)
-        reuse.decide({})
         reuse.computed(ActionStep(np.zeros(7, np.float32), plan=np.zeros(shape, np.float32), left=1))
 
 
