@@ -241,7 +241,7 @@ class PushObjects:
     """JSON object: keyword arguments of the policy's constructor."""
     rules: tuple[str, ...] = ("off", "paper", "gated")
     """off, paper, gated, or JSON objects of settings; that of the first that is on finds the step."""
-    suite: str = "libero_object"
+    suite: str = "libero_spatial"
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
     states: str = "20-22"
