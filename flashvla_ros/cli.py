@@ -16,7 +16,7 @@ import yaml
 
 from flashvla_ros import cli_data, cli_describe, cli_eval, cli_train
 from flashvla_ros.errors import ConfigurationError, RecordingError
-from flashvla_ros.fields import json_object
+from flashvla_ros.fields import policy_options
 from mllm.errors import PolicyError
 from sim.errors import ConfigurationError as SimConfigurationError
 from sim.errors import SimError
@@ -64,6 +64,8 @@ class Demo:
     """Official initial state."""
     checkpoint: str = ""
     """Folder of the policy's weights; those that come with the package if not given."""
+    reuse: str = ""
+    """off, paper, gated, or a JSON object of its settings: when the policy's last action is used again."""
     episode: Path | None = None
     """Recorded actions to replay instead."""
     realtime: bool = False
@@ -79,13 +81,10 @@ class Demo:
 
         task = int(self.task) if self.task.isdigit() else self.task
         act = replayed(self.episode) if self.episode else driven(self.checkpoint, self.suite, task, self.init_state)
-        return run_demo(
-            act,
-            realtime=self.realtime,
-            runs=self.runs,
-            json_output=self.json,
-            overrides=parse_overrides(self.settings),
-        )
+        overrides = parse_overrides(self.settings)
+        if self.reuse:
+            overrides.setdefault("policy", {})["reuse"] = self.reuse
+        return run_demo(act, realtime=self.realtime, runs=self.runs, json_output=self.json, overrides=overrides)
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,8 @@ class Serve:
     """Name of an installed policy."""
     options: str = "{}"
     """JSON object: keyword arguments of the policy's constructor."""
+    reuse: str = ""
+    """off, paper, gated, or a JSON object of its settings: when the policy's last action is used again."""
     host: str = "127.0.0.1"
     """IP address to listen on; one that other machines can reach needs a token."""
     port: int = 8000
@@ -179,7 +180,7 @@ class Serve:
         from mllm.server import PolicyServer
         from mllm.server_config import ServerConfig
 
-        options = json_object("--options", self.options)
+        options = policy_options(self.options, self.reuse)
         config = ServerConfig(
             host=self.host,
             port=self.port,

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from flashvla_ros.fields import json_object
+from flashvla_ros.fields import policy_options
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Eval:
     """Name of an installed policy, or expert (the scripted one, which reads the simulator)."""
     options: str = "{}"
     """JSON object: keyword arguments of the policy's constructor."""
+    reuse: str = ""
+    """off, paper, gated, or a JSON object of its settings: when the policy's last action is used again."""
     suite: tuple[str, ...] = ("libero_spatial",)
     """One or several suites."""
     tasks: str = "all"
@@ -91,7 +93,7 @@ class Eval:
         ]
         config = EvalConfig(
             policy=self.policy,
-            options=json_object("--options", self.options),
+            options=policy_options(self.options, self.reuse),
             renderer=self.renderer,
             image_size=self.image_size,
             cameras=self.cameras,
@@ -208,7 +210,7 @@ class SwapObjects:
         from sim.schedule import parse_numbers, parse_tasks
         from sim.swap import SUITE, play_swaps
 
-        policy = make_policy(self.policy, **json_object("--options", self.options))
+        policy = make_policy(self.policy, **policy_options(self.options))
         tasks, states = parse_tasks(SUITE, self.tasks), parse_numbers(self.states, "--states")
         episodes = []
         for episode in play_swaps(policy, tasks, states):
@@ -225,4 +227,50 @@ class SwapObjects:
         return 0
 
 
-COMMANDS = {"swap": SwapObjects, "eval": Eval, "merge": Merge, "compare": Compare, "report": Report}
+@dataclass(frozen=True)
+class PushObjects:
+    """Move the object while the policy reuses an action, and see what becomes of it under each rule of reuse.
+
+    The same episodes are disturbed in the same step under every rule. Says how many were solved, and after how many
+    steps the model ran on what it saw.
+    """
+
+    policy: str = "mini"
+    """Name of an installed policy."""
+    options: str = "{}"
+    """JSON object: keyword arguments of the policy's constructor."""
+    rules: tuple[str, ...] = ("off", "paper", "gated")
+    """off, paper, gated, or JSON objects of settings; that of the first that is on finds the step."""
+    suite: str = "libero_spatial"
+    tasks: str = "all"
+    """all, or indices such as 0-3,7."""
+    states: str = "20-22"
+    """Initial states such as 20-29."""
+    distance: float = 0.04
+    """m, along the table."""
+    over: int = 1
+    """Steps that the push takes; 1 is a jump."""
+    near: float = 0.25
+    """m between hand and object, within which it is pushed."""
+    json: bool = False
+    """Print the episodes as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.push_table import show_pushes
+        from sim.push import Push, play_pushes
+        from sim.schedule import parse_numbers, parse_tasks
+
+        options, push = policy_options(self.options), Push(self.distance, self.over, self.near)
+        tasks, states = parse_tasks(self.suite, self.tasks), parse_numbers(self.states, "--states")
+        show_pushes(play_pushes(self.policy, options, self.suite, tasks, states, self.rules, push), self.json)
+        return 0
+
+
+COMMANDS = {
+    "push": PushObjects,
+    "swap": SwapObjects,
+    "eval": Eval,
+    "merge": Merge,
+    "compare": Compare,
+    "report": Report,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from mllm.engine import compile_model
 from mllm.errors import PolicyError
 from mllm.generate import ActionDecoder, Choice, compressor
 from mllm.hf_config import WEIGHTS
-from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
-from mllm.preprocess import Preprocess
+from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation, TokenLayout
+from mllm.preprocess import CROP_AREA, Preprocess
 from mllm.tokenizer import Tokenizer, WordTokenizer
 from mllm.vla import VLA, init_random
 
@@ -76,6 +77,9 @@ class VLAPolicy:
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self.render = dict(config.render)
         self._statistics = choose_statistics(config, statistics)
+        side = math.isqrt(model.vision_backbone.tokens // len(config.cameras))
+        area = CROP_AREA if config.images.centre_crop else 1.0
+        self.layout = TokenLayout(config.cameras, side, side, area, config.images.mirror)
         self.preprocess = Preprocess(config)
         self._tokens = ActionTokens(config.action_bins, config.token_vocab)
         if compile:
@@ -138,22 +142,23 @@ class VLAPolicy:
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
         timing: dict[str, float] = {}
-        tokens_of: dict[int, tuple[np.ndarray | None, np.ndarray | None]] = {}
+        seen: dict[int, dict[str, np.ndarray | None]] = {}
         length = 0
         if looking:
             texts = [episodes[i].text for i in sorted(looking)]
             chunks, choice, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
             tokens = choice.visual(len(texts), self.model.vision_backbone.tokens)
-            for i, chunk, of_sample in zip(sorted(looking), chunks, tokens, strict=True):
-                episodes[i].chunk, tokens_of[i] = chunk[: self.execute], of_sample
+            for i, chunk, (kept, merged) in zip(sorted(looking), chunks, tokens, strict=True):
+                episodes[i].chunk = chunk[: self.execute]
+                seen[i] = {"kept": kept, "merged": merged, "plan": chunk if self.config.chunk > 1 else None}
         steps = []
         for i, episode in enumerate(episodes):
             flags = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
             if i in looking:
                 flags["prompt_tokens"] = length
-            tokens_left = tokens_of.get(i, (None, None))
-            steps.append(ActionStep(episode.chunk[0], timing if i in looking else {}, flags, *tokens_left))
-            episode.chunk = episode.chunk[1:]
+            action, episode.chunk = episode.chunk[0], episode.chunk[1:]
+            spent = timing if i in looking else {}
+            steps.append(ActionStep(action, spent, flags, **seen.get(i, {}), left=len(episode.chunk)))
         return steps
 
     def _infer(

@@ -230,6 +230,22 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         """The simulator's state now: (1 + nq + nv,) float64, [time s, qpos, qvel]; the layout of initial states."""
         return self._world.state()
 
+    def move_object(self, name: str, shift: np.ndarray) -> dict[str, Any]:
+        """Moves an object now, as a hand from outside would between two steps, and takes the observation again.
+
+        shift: (3,) m in the world frame.  Returns the observation.
+        Raises ConfigurationError: the scene has no movable object of that name.
+        """
+        world = self._world.privileged()
+        movable = [known for known, body in world.body_ids.items() if world.model.body_dofnum[body] == 6]
+        if name not in movable:
+            raise ConfigurationError(f"no movable object is called {name!r}; choose one of: {', '.join(movable)}")
+        address = world.model.jnt_qposadr[world.model.body_jntadr[world.body_ids[name]]]
+        world.data.qpos[address : address + 3] += shift
+        world.domain.sim.forward()
+        self._sample()
+        return self._observation
+
     def privileged(self) -> Privileged:
         """The simulator itself, for scripted experts and tests; no policy may see it."""
         return self._world.privileged()
