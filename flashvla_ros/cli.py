@@ -225,13 +225,45 @@ class BenchModel:
 
 
 @dataclass(frozen=True)
+class BenchCompress:
+    """Measure what choosing visual tokens costs and saves: every method beside the uncompressed model, in one run."""
+
+    model: str = "mini"
+    """mini (its own weights), bench-100m or openvla-7b (random weights)."""
+    methods: tuple[str, ...] = ("flashvla", "tokencarve", "fastv", "random")
+    """Of flashvla, tokencarve, fastv, random and uniform."""
+    keep: int = 80
+    """Visual tokens that stay, of all cameras together."""
+    per_camera: bool = False
+    """Score every camera's tokens by themselves."""
+    steps: int = 50
+    """Answers measured of each."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 1
+    """Of torch on the CPU."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.bench_compress import run_bench
+        from mllm.bench_compress import BenchCompressConfig
+
+        options = {name: value for name, value in vars(self).items() if name != "json"}
+        return run_bench(BenchCompressConfig(**options), self.json)
+
+
+@dataclass(frozen=True)
 class Bench:
-    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost, `model` the policy's."""
+    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost, `model` the policy's, `compress` what
+    dropping visual tokens saves of it.
+    """
 
     what: (
         Annotated[BenchRos, tyro.conf.subcommand("ros")]
         | Annotated[BenchSim, tyro.conf.subcommand("sim")]
         | Annotated[BenchModel, tyro.conf.subcommand("model")]
+        | Annotated[BenchCompress, tyro.conf.subcommand("compress")]
     )
 
     def run(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of a Gram matrix that one product makes, so that a large one is computed up to its diagonal only.
-BLOCK = 128
+# A Gram matrix of more rows than the first is made by blocks of the second, up to its diagonal only; a smaller one in
+# one product, as calls cost more than they save.
+WHOLE, BLOCK = 128, 64
 
 
 def information_contribution(
@@ -35,21 +36,23 @@ def gram(tokens: Tensor, centre: bool = False, normalise: bool = False) -> Tenso
     mini moves a token in one kept set of seven, where this moves none.
     """
     wide = tokens.double()
-    count = wide.shape[-2]
-    products = wide[..., :BLOCK, :] @ wide[..., :BLOCK, :].mT
-    if count > BLOCK:
-        first, products = products, wide.new_empty(*wide.shape[:-1], count)
-        products[..., :BLOCK, :BLOCK] = first
-    for start in range(BLOCK, count, BLOCK):
-        end = start + BLOCK
-        products[..., start:end, :end] = part = wide[..., start:end, :] @ wide[..., :end, :].mT
-        products[..., :start, start:end] = part[..., :start].mT
+    products = wide @ wide.mT if wide.shape[-2] <= WHOLE else _by_blocks(wide)
     if centre:
         mean = products.mean(-1, keepdim=True)
         products = products - mean - mean.mT + mean.mean(-2, keepdim=True)
     if normalise:
         inverse = lengths(products).reciprocal()
         products = products * inverse[..., None] * inverse[..., None, :]
+    return products
+
+
+def _by_blocks(wide: Tensor) -> Tensor:
+    count = wide.shape[-2]
+    products = wide.new_empty(*wide.shape[:-1], count)
+    for start in range(0, count, BLOCK):
+        end = start + BLOCK
+        products[..., start:end, :end] = part = wide[..., start:end, :] @ wide[..., :end, :].mT
+        products[..., :start, start:end] = part[..., :start].mT
     return products
 
 

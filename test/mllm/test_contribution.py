@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from mllm.contribution import BLOCK, gram, information_contribution  # noqa: E402
+from mllm.contribution import WHOLE, gram, information_contribution  # noqa: E402
 
 
 def by_definition(tokens, energy=1.0):
@@ -41,7 +41,7 @@ def _one_thread(_two_threads_and_a_seed):
 
 
 @pytest.mark.parametrize("energy", [1.0, 0.999, 0.9, 0.5, 1e-6])
-@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 30, 12), (2, BLOCK + 70, 64)], ids=["wide", "tall", "in blocks"])
+@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 30, 12), (2, WHOLE + 20, 64)], ids=["wide", "tall", "in blocks"])
 def test_the_score_is_the_definitions_for_every_sample_of_a_batch(shape, energy):
     tokens = torch.stack([drawn(*shape[1:], seed) for seed in range(shape[0])])
     scores = information_contribution(tokens, energy)

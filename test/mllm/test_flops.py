@@ -67,7 +67,7 @@ def test_visual_tokens_alone_cost_what_torch_counts(model, method):
 
 
 def test_the_papers_share_comes_out():
-    """Of OpenVLA's 256 visual tokens FlashVLA keeps 160: 35.4 % of their operations less; its 55.7 % counts reuse too."""
+    """FlashVLA keeps 160 of OpenVLA's 256 visual tokens: 35.4 % of operations less; its 55.7 % counts reuse too."""
     decoder = DecoderConfig()
     share = 1 - visual_flops(decoder, 256, CompressConfig("flashvla", keep=160)) / visual_flops(decoder, 256)
     assert share == pytest.approx(0.354, abs=0.002)
