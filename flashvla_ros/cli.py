@@ -15,8 +15,8 @@ import tyro
 import yaml
 
 from flashvla_ros import cli_data, cli_describe, cli_eval, cli_train
+from flashvla_ros.cli_options import PolicyOptions
 from flashvla_ros.errors import ConfigurationError, RecordingError
-from flashvla_ros.fields import policy_options
 from mllm.errors import PolicyError
 from sim.errors import ConfigurationError as SimConfigurationError
 from sim.errors import SimError
@@ -64,8 +64,7 @@ class Demo:
     """Official initial state."""
     checkpoint: str = ""
     """Folder of the policy's weights; those that come with the package if not given."""
-    reuse: str = ""
-    """off, paper, gated, or a JSON object of its settings: when the policy's last action is used again."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     episode: Path | None = None
     """Recorded actions to replay instead."""
     realtime: bool = False
@@ -76,14 +75,16 @@ class Demo:
     """Print the result as JSON on stdout; everything else goes to stderr."""
     settings: Settings = field(default=())
 
+    def options(self) -> dict[str, Any]:
+        """Of the policy."""
+        return ({"checkpoint": self.checkpoint} if self.checkpoint else {}) | self.how.chosen()
+
     def run(self) -> int:
         from flashvla_ros.demo import driven, replayed, run_demo
 
         task = int(self.task) if self.task.isdigit() else self.task
-        act = replayed(self.episode) if self.episode else driven(self.checkpoint, self.suite, task, self.init_state)
+        act = replayed(self.episode) if self.episode else driven(self.options(), self.suite, task, self.init_state)
         overrides = parse_overrides(self.settings)
-        if self.reuse:
-            overrides.setdefault("policy", {})["reuse"] = self.reuse
         return run_demo(act, realtime=self.realtime, runs=self.runs, json_output=self.json, overrides=overrides)
 
 
@@ -152,10 +153,7 @@ class Serve:
 
     policy: tyro.conf.Positional[str] = "mini"
     """Name of an installed policy."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
-    reuse: str = ""
-    """off, paper, gated, or a JSON object of its settings: when the policy's last action is used again."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     host: str = "127.0.0.1"
     """IP address to listen on; one that other machines can reach needs a token."""
     port: int = 8000
@@ -180,7 +178,7 @@ class Serve:
         from mllm.server import PolicyServer
         from mllm.server_config import ServerConfig
 
-        options = policy_options(self.options, self.reuse)
+        options = self.how.chosen()
         config = ServerConfig(
             host=self.host,
             port=self.port,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from flashvla_ros.fields import policy_options
+from flashvla_ros.cli_options import PolicyOptions
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,7 @@ class Eval:
 
     policy: str = "mini"
     """Name of an installed policy, or expert (the scripted one, which reads the simulator)."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
-    reuse: str = ""
-    """off, paper, gated, or a JSON object of its settings: when the policy's last action is used again."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     suite: tuple[str, ...] = ("libero_spatial",)
     """One or several suites."""
     tasks: str = "all"
@@ -93,7 +90,7 @@ class Eval:
         ]
         config = EvalConfig(
             policy=self.policy,
-            options=policy_options(self.options, self.reuse),
+            options=self.how.chosen(),
             renderer=self.renderer,
             image_size=self.image_size,
             cameras=self.cameras,
@@ -192,8 +189,7 @@ class SwapObjects:
 
     policy: str = "mini"
     """Name of an installed policy."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
     states: str = "0-2"
@@ -210,7 +206,7 @@ class SwapObjects:
         from sim.schedule import parse_numbers, parse_tasks
         from sim.swap import SUITE, play_swaps
 
-        policy = make_policy(self.policy, **policy_options(self.options))
+        policy = make_policy(self.policy, **self.how.chosen())
         tasks, states = parse_tasks(SUITE, self.tasks), parse_numbers(self.states, "--states")
         episodes = []
         for episode in play_swaps(policy, tasks, states):
@@ -237,8 +233,7 @@ class PushObjects:
 
     policy: str = "mini"
     """Name of an installed policy."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     rules: tuple[str, ...] = ("off", "paper", "gated")
     """off, paper, gated, or JSON objects of settings; that of the first that is on finds the step."""
     suite: str = "libero_spatial"
@@ -260,7 +255,7 @@ class PushObjects:
         from sim.push import Push, play_pushes
         from sim.schedule import parse_numbers, parse_tasks
 
-        options, push = policy_options(self.options), Push(self.distance, self.over, self.near)
+        options, push = self.how.chosen(), Push(self.distance, self.over, self.near)
         tasks, states = parse_tasks(self.suite, self.tasks), parse_numbers(self.states, "--states")
         show_pushes(play_pushes(self.policy, options, self.suite, tasks, states, self.rules, push), self.json)
         return 0

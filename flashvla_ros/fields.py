@@ -44,11 +44,3 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigurationError(f"{name} is {text!r}: it must be a JSON object")
     return value
-
-
-def policy_options(text: str, reuse: str = "") -> dict[str, Any]:
-    """A policy's options from the command line: --options, and --reuse where it is given. Raises ConfigurationError."""
-    options = json_object("--options", text)
-    if reuse:
-        options["reuse"] = json_object("--reuse", reuse) if reuse.lstrip().startswith("{") else reuse
-    return options

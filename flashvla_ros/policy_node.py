@@ -40,7 +40,7 @@ from mllm.policy import Observation, Policy, Tunable, check_action, make_policy
 from mllm.reuse import Reason, ReuseConfig
 
 BUSY_LIMIT = 10.0  # s that ~/reset, a parameter and the end wait for the step the policy is in
-TUNABLE = ("reuse",)  # parameters that are options of the policy, and change while it acts
+TUNABLE = ("reuse", "compress", "keep")  # parameters that are options of the policy, and change while it acts
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ class PolicyParameters:
         "again; empty = what policy_options say, else off",
         dynamic=True,
     )
+    compress: str = param(
+        "",
+        "none, flashvla, tokencarve, fastv, random, uniform or a JSON object of mllm.compress.CompressConfig's fields: "
+        "which visual tokens the decoder goes on with; empty = what policy_options say, else none",
+        dynamic=True,
+    )
+    keep: int = param(0, "visual tokens that it keeps; 0 = what policy_options or compress say", dynamic=True)
     autostart: bool = param(True, "configure and activate by itself; false = wait for lifecycle transitions")
     instruction: str = param("", "instruction to start with; empty = wait for one on instruction_topic")
     cameras: tuple[str, ...] = param(
@@ -90,6 +97,7 @@ class PolicyParameters:
         names = [entry.partition("=")[0] for entry in self.cameras]
         require(len(set(names)) == len(names), "cameras", self.cameras, "a list without a name twice")
         self.options()
+        require(self.keep >= 0, "keep", self.keep, "0 or more")
         try:
             ReuseConfig.parse(self.reuse)
         except PolicyError as error:
@@ -295,6 +303,8 @@ class PolicyNode(LifecycleNode):
         self._latency.add(acted - started)
         stages = {"read": acting - started, "act": acted - acting, **step.timing}
         values = {**{f"{name}_ms": f"{seconds * 1e3:.3f}" for name, seconds in stages.items()}, **step.flags}
+        if step.kept is not None:
+            values["kept_tokens"] = len(step.kept)
         reused = bool(step.flags.get("reuse"))
         self._reused += reused
         if reason := step.flags.get("reuse_reason"):

@@ -7,6 +7,7 @@ Shapes: B samples, N visual tokens, K kept, d hidden.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -72,11 +73,21 @@ class CompressConfig:
                 raise PolicyError(f"CompressConfig.{name} is {getattr(self, name)!r}: it must be true or false")
 
     @classmethod
-    def of(cls, compress: str | Mapping[str, Any], keep: int | None = None) -> CompressConfig:
-        """From a policy's options: a method's name, or a mapping of fields; `keep` has a place of its own.
+    def of(
+        cls, compress: str | Mapping[str, Any], keep: int | None = None, rest: CompressConfig | None = None
+    ) -> CompressConfig:
+        """From a policy's options: a method's name, or a mapping of fields, maybe as JSON; `keep` has a place of its
+        own, and what is not named is that of `rest`, or the default.
 
         Raises PolicyError: an unknown field, or a wrong value.
         """
+        if isinstance(compress, str) and compress.lstrip().startswith("{"):
+            try:
+                compress = json.loads(compress)
+            except ValueError as error:
+                raise PolicyError(
+                    f"compress is {compress!r}: it must be a method or a JSON object ({error})"
+                ) from error
         given: dict[str, Any] = {"method": compress} if isinstance(compress, str) else dict(compress)
         if keep is not None:
             given["keep"] = keep
@@ -84,7 +95,7 @@ class CompressConfig:
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise PolicyError(f"compression has no option {unknown[0]!r}; choose from {', '.join(known)}")
-        return cls(**given)
+        return replace(rest or cls(), **given)
 
     def check(self, tokens: int, images: int, layers: int) -> None:
         """Raises PolicyError unless a decoder of so many layers can keep so few of so many tokens of so many images."""

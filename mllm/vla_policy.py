@@ -105,6 +105,10 @@ class VLAPolicy:
         if self._episode is not None and self._rehearses:
             self._rehearse(self._episode.text)
 
+    def configure(self, compress: str | Mapping[str, Any] | None = None, keep: int | None = None) -> None:
+        """See `mllm.policy.Tunable` and `mini_policy`; what is not named stays as it is."""
+        self.compress = CompressConfig.of(compress or {}, keep or None, self._compress)
+
     def reset(self, instruction: str) -> None:
         """Starts an episode. Raises PolicyError: no instruction, or one that leaves the model no room."""
         episode = self.begin(instruction)

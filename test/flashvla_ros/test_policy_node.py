@@ -276,6 +276,14 @@ def test_reuse_is_a_parameter_that_holds_from_the_next_frame_on(ros, nodes, thir
     assert values_of(camera.diagnostics[-1].status[0])["reuse computed-cap"] == "2"
 
 
+def test_a_policy_that_keeps_all_tokens_refuses_another_number(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    successful, reason = camera.set(compress="flashvla")
+    assert not successful
+    assert "cannot change compress" in reason
+    assert camera.done(1) == "c"
+
+
 def test_reuse_may_also_be_an_option_of_the_policy(ros, nodes, third_party):
     camera = Camera(ros, nodes, options={"reuse": {"mode": "gated", "max_consecutive": 2}}).ready()
     assert camera.done(6) == "ccrrcc"

@@ -185,6 +185,19 @@ def test_a_change_that_the_model_cannot_follow_is_refused_and_changes_nothing(sh
     shipped.compress = CompressConfig()
 
 
+def test_a_policy_is_configured_while_it_acts_and_what_is_not_named_stays(shipped):
+    shipped.configure(compress='{"method": "flashvla", "centre": true}', keep=64)
+    assert shipped.compress == CompressConfig("flashvla", keep=64, centre=True)
+    shipped.configure(keep=32)
+    shipped.configure(compress="tokencarve")
+    assert shipped.compress == CompressConfig("tokencarve", keep=32, centre=True)
+    for wrong in ({"compress": "best"}, {"compress": "{]"}, {"keep": 500}):
+        with pytest.raises(PolicyError):
+            shipped.configure(**wrong)
+    assert shipped.compress == CompressConfig("tokencarve", keep=32, centre=True)
+    shipped.compress = CompressConfig()
+
+
 def test_policy_options_reach_the_decoder():
     assert make_policy("mini", seed=0).compress == CompressConfig()
     assert make_policy("mini", seed=0, compress="tokencarve", keep=64).compress == CompressConfig("tokencarve", 64)
