@@ -311,8 +311,8 @@ def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, thi
     ros.wait(lambda: ros.node.count_subscribers("/policy/gripper_command") >= 2)
     camera.ready()
     assert camera.done(5) == "ccrcc"
-    ros.wait(lambda: len(decisions) >= 5)
-    assert [message.status[0].message for message in decisions] == [*["passed"] * 4, "clamped"]
+    ros.wait(lambda: decisions and decisions[-1].status[0].message == "clamped")  # the first may have come too early
+    assert {message.status[0].message for message in decisions[:-1]} <= {"passed"}
     camera.counted("corrected", 1)
     assert camera.done(6) == "ccrccc"  # without the clamp it would be reused here
 
