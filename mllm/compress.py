@@ -117,20 +117,24 @@ class CompressConfig:
 def select(
     config: CompressConfig, tokens: Tensor, attention: Tensor | None = None, scored: Tensor | None = None
 ) -> Selection:
-    """tokens: (B, N, d).  attention: (B, N), for the methods of `ATTENTIVE`.  scored: (B, N, d), None means tokens."""
+    """What every method but "none" keeps of `config.keep`.
+
+    tokens: (B, N, d).  scored: (B, N, d), None means tokens.  attention: (B, N), which the methods of `ATTENTIVE` need.
+    """
     batch, count, _ = tokens.shape
+    if config.method == "none" or (config.method in ATTENTIVE and attention is None):
+        given = "none" if attention is None else "a row"
+        raise ValueError(f"nothing can be selected by method '{config.method}' with {given} of attention")
     if config.method == "uniform":
         return Selection(spread(count, config.keep, tokens.device).expand(batch, -1))
     if config.method == "random":
         return Selection(draw(count, config.keep, config.seed, tokens.device).expand(batch, -1))
-    if config.method == "fastv":
-        assert attention is not None
+    if config.method == "fastv" and attention is not None:
         return Selection(top(attention, config.keep))
     products = gram(tokens if scored is None else scored, config.centre, config.normalise)
     scores = contribution(products, config.energy)
-    if config.method == "flashvla":
+    if config.method == "flashvla" or attention is None:
         return Selection(top(scores, config.keep))
-    assert attention is not None
     total = config.attention_weight * points(attention) + (1 - config.attention_weight) * points(scores)
     plain = scored is None and not config.centre and not config.normalise
     return carve(tokens, products if plain else gram(tokens), total, config.keep)

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mllm.compress import ATTENTIVE, CompressConfig
 from mllm.config import DecoderConfig, VLAConfig
-from mllm.contribution import BLOCK, WHOLE
 from mllm.convvit import ConvViT
 from mllm.generate import CAPACITY_STEP
 from mllm.vision import patch_count
@@ -106,10 +105,7 @@ def selection_flops(config: VLAConfig, tokens: int, length: int, compress: Compr
         seen = length if full or rows > 1 else length - answers
         total += 2 * decoder.num_attention_heads * decoder.head_dim * rows * seen
     if compress.method in ("flashvla", "tokencarve"):
-        block = count if count <= WHOLE else BLOCK
-        ends = [min(start + block, count) for start in range(0, count, block)]
-        pairs = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
-        products = 2 * decoder.hidden_size * pairs
+        products = 2 * decoder.hidden_size * count**2
         total += groups * (products + 2 * count**2)
         if compress.method == "tokencarve":
             reserve = min(keep + keep // 2, count)

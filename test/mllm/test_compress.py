@@ -132,6 +132,13 @@ def test_every_method_keeps_what_its_score_says():
     assert torch.equal(select(CompressConfig("random", keep=6, seed=5), other).kept[0], kept["random"])
 
 
+def test_a_method_that_lacks_its_attention_is_refused():
+    tokens, _ = drawn()
+    for method in ("tokencarve", "fastv", "none"):
+        with pytest.raises(ValueError, match=f"by method '{method}' with none of attention"):
+            select(CompressConfig(method, keep=6), tokens)
+
+
 def test_the_scored_matrix_may_be_another_than_the_tokens_that_are_merged():
     tokens, attention = drawn()
     scored = torch.randn(3, COUNT, SIZE)
