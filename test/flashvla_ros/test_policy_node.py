@@ -301,10 +301,9 @@ def test_after_a_new_instruction_or_a_reset_nothing_is_reused(ros, nodes, third_
 def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, third_party):
     camera = Camera(ros, nodes, reuse="paper")
     # The n-th action of this policy that was not reused is 0.5 n mm long: the fourth is the first over the limit.
-    gate = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0}
-    nodes.start(
-        "robot", only=("command_gate",), command_gate={**gate, "max_translation": 0.0019, "max_linear_speed": 100.0}
-    )
+    gate = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0, "max_observation_age": 30.0}
+    limits = {"max_translation": 0.0019, "max_linear_speed": 100.0}
+    nodes.start("robot", only=("command_gate",), command_gate={**gate, **limits})
     decisions = ros.listen(DiagnosticArray, "/command_gate/decision")
     ros.wait(lambda: ros.node.count_subscribers("/command_gate/decision") >= 2)
     ros.wait(lambda: ros.node.count_subscribers("/policy/command") >= 2)
