@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from sim.env import LiberoEnv
 from sim.errors import ConfigurationError
 from sim.expert.expert import Expert
@@ -17,6 +19,7 @@ _ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1}
 # drawer open from 0.875 of its travel and a stove on from 0.24 of its turn.
 OPEN, OPEN_ENOUGH = 0.97, 0.88
 ON, ON_ENOUGH = 0.4, 0.25
+ASIDE = 0.75  # of a region's half size, where the outermost of several objects go that share it
 
 
 def make_expert(env: LiberoEnv) -> Expert:
@@ -48,7 +51,9 @@ def _steps(env: LiberoEnv, hand: Hand, goal: tuple[str, ...]) -> list[Expert]:
     target = rest[0]
     opening = [_opening(env, hand, target)] if _joint_of_region(hand, target) is not None else []
     lift = not env.task.language.startswith("push")
-    return [*opening, PickPlaceExpert(env, item, target, predicate == "in", lift, hand)]
+    sharers = [other for kind, other, *where in env.privileged().goal if kind == "on" and where == [target]]
+    beside = ASIDE * np.linspace(-1.0, 1.0, len(sharers))[sharers.index(item)] if len(sharers) > 1 else 0.0
+    return [*opening, PickPlaceExpert(env, item, target, predicate == "in", lift, beside, hand)]
 
 
 def _opening(env: LiberoEnv, hand: Hand, region: str) -> HandleExpert:

@@ -32,7 +32,10 @@ BODY_DEPTH = 0.035  # m below it on a whole object
 WALL = 0.025  # m: up to here a stretch is a wall, and a thinner one is no better
 SPARE = 0.006  # m of opening that must remain
 PROFILE_STEP = 0.002  # m
-BESIDE = 0.45  # of an object's radius: how far from its centre it is held where things around it are in the way
+WEDGE = 0.008  # m: up to here faces count as parallel
+# Parts of an object's radius: how far from its middle it is held where things are in the way there.
+BESIDE = (-0.75, -0.6, -0.45, -0.3, 0.3, 0.45, 0.6, 0.75)
+LOPSIDED = 0.01  # m from the middle of an object to its mass, beyond which it is held by that: it has a handle
 TOUCHES = 0.005  # m of intrusion that counts as in the way
 
 
@@ -76,13 +79,18 @@ def stretches(profile: np.ndarray, level: float) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tuple[np.ndarray, float, float]]:
-    """(position, yaw, width) of every stretch that fits between the fingers.
+def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tuple[np.ndarray, float, float, float]]:
+    """(position, yaw, width, wedge) of every stretch that fits between the fingers.
+
+    wedge: m by which its width differs across the fingers.
 
     beside: by how much of the object's radius the closing axes miss its centre.
     """
     low, high = points.min(0), points.max(0)
     centre = 0.5 * (low + high)[:2]
+    mass = scene.data.subtree_com[scene.body][:2]
+    if float(np.linalg.norm(mass - centre)) > LOPSIDED:
+        centre = mass
     height = float(high[2] - low[2])
     radius = float(np.linalg.norm(points[:, :2] - centre, axis=1).max()) + 2 * PROFILE_STEP
     along = np.arange(-radius, radius, PROFILE_STEP)
@@ -96,12 +104,15 @@ def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tup
         profile = np.max(lines, axis=0)
         for depth, whole in ((RIM_DEPTH, False), (BODY_DEPTH, True)):
             z = max(float(high[2]) - min(depth, 0.5 * height), float(low[2]) + FINGERTIP + 0.001)
-            for start, end in stretches(profile, z - FINGERTIP):
+            level = z - FINGERTIP
+            for start, end in stretches(profile, level):
                 width = (end - start) * PROFILE_STEP
                 place = middle + 0.5 * (along[start] + along[end - 1]) * closing
                 contains_centre = along[start] <= 0 <= along[end - 1]
-                if contains_centre == whole and width < MAX_OPENING - SPARE:
-                    yield np.array([*place, z]), float(yaw), width
+                widths = [float((line[start:end] > level).sum()) * PROFILE_STEP for line in lines]
+                if contains_centre == whole and width < MAX_OPENING - SPARE and widths[1] > 0.5 * width:
+                    wedge = max(widths) - min(widths)
+                    yield np.array([*place, z]), float(yaw), width, wedge
 
 
 def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> float:
@@ -135,22 +146,27 @@ def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarra
     None: every side is wider than the open gripper.
     """
     points = body_points(scene.model, scene.data, scene.body)
-    best: Grasp | None = None
-    for beside in (0.0, -BESIDE, BESIDE):
-        if beside and best is not None and best.intrusion < TOUCHES:
-            break
-        for position, yaw, width in _candidates(scene, points, beside):
-            reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
-            intrusion = _intrusion(scene, position, yaw, own=True)
-            if not container:
-                intrusion += _intrusion(scene, position + move, yaw, own=False)
-            score = (
-                150.0 * intrusion
-                + 25.0 * max(0.0, reach - REACH)
-                + 100.0 * max(0.0, width - WALL)
-                + 0.5 * abs(yaw)
-                + 0.15 * float(np.linalg.norm(position[:2] - hand))
-            )
-            if best is None or score < best.score:
-                best = Grasp(position, yaw, width, intrusion, score)
-    return best
+
+    def assess(position: np.ndarray, yaw: float, width: float, wedge: float) -> Grasp:
+        reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
+        intrusion = _intrusion(scene, position, yaw, own=True)
+        if not container:
+            intrusion += _intrusion(scene, position + move, yaw, own=False)
+        score = (
+            150.0 * intrusion
+            + 25.0 * max(0.0, reach - REACH)
+            + 100.0 * (max(0.0, width - WALL) + max(0.0, wedge - WEDGE))
+            + 0.5 * abs(yaw)
+            + 0.15 * float(np.linalg.norm(position[:2] - hand))
+        )
+        return Grasp(position, yaw, width, intrusion, score)
+
+    def best(*besides: float) -> Grasp | None:
+        found = [assess(*candidate) for beside in besides for candidate in _candidates(scene, points, beside)]
+        return min(found, key=lambda grasp: grasp.score, default=None)
+
+    central = best(0.0)
+    if central is not None and central.intrusion < TOUCHES:
+        return central
+    others = [grasp for grasp in (central, best(*BESIDE)) if grasp is not None]
+    return min(others, key=lambda grasp: grasp.score, default=None)

@@ -113,8 +113,8 @@ class HandleExpert(Expert):
 
     def _reached(self) -> bool:
         """Whether the joint is where it may stay; the hand takes what it holds all the way."""
-        left = self._left()
-        return abs(left) < (NEAR if self.holding() else abs(self._goal - self._enough))
+        beyond = 1.0 - self._left() / (self._goal - self._enough)
+        return beyond > (0.5 if self.holding() else 0.0)
 
     def _left(self) -> float:
         """m or rad, how far the joint still has to go."""

@@ -41,6 +41,7 @@ class PickPlaceExpert(Expert):
 
     item: a movable object's name.  target: an object's or a region's name.  container: whether it goes into the target,
     else onto it.  lift: whether it is lifted on the way; else it is pushed along what it lies on.
+    beside: where in a region it goes, from -1 to 1 of the region's half size along its x axis.
     phase: "approach", "descend", "close", "lift", "carry", "lower", "release", "retreat", or "lost" where the object
     lies so that nothing can take hold of it.
     """
@@ -52,10 +53,12 @@ class PickPlaceExpert(Expert):
         target: str,
         container: bool = False,
         lift: bool = True,
+        beside: float = 0.0,
         hand: Hand | None = None,
     ) -> None:
         super().__init__(env, hand)
         self.item, self.target, self.container, self.lift = item, target, container, lift
+        self._beside = beside
         self._plan: Plan | None = None
         world, model = env.privileged(), self._hand.model
         sites = [model.site(number).name for number in range(model.nsite)]
@@ -120,8 +123,11 @@ class PickPlaceExpert(Expert):
         return replace(plan, origin=origin, rotation=rotation, target=target, offset=grasp - origin, yaw=yaw)
 
     def _target_position(self) -> np.ndarray:
-        data = self._hand.data
-        return data.xpos[self._target_body] if self._target_site is None else data.site_xpos[self._target_site]
+        data, site = self._hand.data, self._target_site
+        if site is None:
+            return data.xpos[self._target_body]
+        along = data.site_xmat[site].reshape(3, 3)[:, 0]
+        return data.site_xpos[site] + self._beside * self._hand.model.site_size[site][0] * along
 
     def _scene(self) -> Scene:
         hand = self._hand
@@ -168,10 +174,9 @@ class PickPlaceExpert(Expert):
             # A hold that is not firm yet, because the fingers still close, moves in proportion to how firm it is.
             firm = 1.0 - min(hand.finger_speed / STILL, 1.0)
             drop = np.array([*self._target_position()[:2], origin[2] + PLACE_GAP - self._above_rest(plan)])
-            offset = self._sideways(plan, drop)
-            if offset is None:
-                offset = funnel(origin, drop, plan.carry + self._droop(plan) if self.lift else origin[2]) - origin
-            offset = firm * offset
+            ceiling = plan.carry + self._droop(plan) if self.lift else float(origin[2])
+            aside = self._sideways(plan, drop)
+            offset = firm * (funnel(origin, drop, ceiling) - origin if aside is None else aside)
             turn, close = turn_between(hand.axes, hand.upright(plan.yaw)), True
             self.phase = "close" if firm < 0.5 else self._carry_phase(drop - origin, offset)
         else:
