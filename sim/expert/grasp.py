@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.expert.geometry import body_points, heights, rotation_about_z
+from sim.expert.geometry import body_points, corridor, heights, rotation_about_z
 
 MAX_OPENING = 0.078  # m between the open pads
 FINGERTIP = 0.011  # m from the grip site down to the fingertips
@@ -24,7 +24,7 @@ PALM = 0.045  # m from the grip site up to the palm
 PALM_HALF_LENGTH = 0.10  # m along the closing axis
 PALM_HALF_WIDTH = 0.035  # m across it
 WRIST = 0.12  # m from the grip site up to the wrist
-WRIST_RADIUS = 0.07  # m
+WRIST_RADIUS = 0.055  # m
 REACH = 0.74  # m from the robot's base: beyond it the elbow locks with the gripper pointing down
 
 RIM_DEPTH = 0.022  # m below an object's top for the grip site on a wall
@@ -82,7 +82,7 @@ def stretches(profile: np.ndarray, level: float) -> list[tuple[int, int]]:
 def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tuple[np.ndarray, float, float, float]]:
     """(position, yaw, width, wedge) of every stretch that fits between the fingers.
 
-    wedge: m by which its width differs across the fingers.
+    wedge: m by which it is narrower somewhere across the fingers, or slanted.
 
     beside: by how much of the object's radius the closing axes miss its centre.
     """
@@ -110,9 +110,8 @@ def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tup
                 place = middle + 0.5 * (along[start] + along[end - 1]) * closing
                 contains_centre = along[start] <= 0 <= along[end - 1]
                 widths = [float((line[start:end] > level).sum()) * PROFILE_STEP for line in lines]
-                if contains_centre == whole and width < MAX_OPENING - SPARE and widths[1] > 0.5 * width:
-                    wedge = max(widths) - min(widths)
-                    yield np.array([*place, z]), float(yaw), width, wedge
+                if contains_centre == whole and width < MAX_OPENING - SPARE and widths[1] > 0:
+                    yield np.array([*place, z]), float(yaw), width, width - min(widths)
 
 
 def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> float:
@@ -132,7 +131,7 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> flo
     swept = np.linspace(0, FINGERS_HALF_LENGTH, 7)
     fingers = max(highest(opened, FINGER_HALF_WIDTH, own), highest(swept, FINGER_HALF_WIDTH, False))
     palm = highest(np.linspace(0.02, PALM_HALF_LENGTH, 3), PALM_HALF_WIDTH, False)
-    wrist = highest(np.linspace(0.0, WRIST_RADIUS, 3), WRIST_RADIUS, False)
+    wrist = float(scene.heights(corridor(position[:2], position[:2], WRIST_RADIUS), own=False).max())
     tops = np.array([fingers, palm, wrist])
     return float(np.maximum(tops - position[2] - [-FINGERTIP - 0.003, PALM, WRIST], 0.0).sum())
 
