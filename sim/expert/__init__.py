@@ -17,7 +17,7 @@ from sim.expert.sequence import SequenceExpert
 _ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1}
 # Values of a joint as parts of its range: where to move it, and from where on it need not be moved. LIBERO calls a
 # drawer open from 0.875 of its travel and a stove on from 0.24 of its turn.
-OPEN, OPEN_ENOUGH = 0.97, 0.88
+OPEN, OPEN_ENOUGH = 0.94, 0.88
 ON, ON_ENOUGH = 0.4, 0.25
 ASIDE = 0.75  # of a region's half size, where the outermost of several objects go that share it
 

@@ -19,7 +19,7 @@ from sim.expert.geometry import body_points, geoms_of, heading, rotation_about_z
 from sim.expert.grasp import FINGERS_HALF_LENGTH, FINGERTIP, MAX_OPENING, Scene
 from sim.expert.hand import Hand
 from sim.expert.plan import Plan, make_plan
-from sim.expert.servo import funnel, turn_between
+from sim.expert.servo import funnel
 
 # All of these are our choice. Lengths in metres.
 TURN_LEVER = 0.04  # a wrist that is 1 rad off counts as this distance from the goal
@@ -177,7 +177,7 @@ class PickPlaceExpert(Expert):
             ceiling = plan.carry + self._droop(plan) if self.lift else float(origin[2])
             aside = self._sideways(plan, drop)
             offset = firm * (funnel(origin, drop, ceiling) - origin if aside is None else aside)
-            turn, close = turn_between(hand.axes, hand.upright(plan.yaw)), True
+            turn, close = hand.turn_to(hand.upright(plan.yaw)), True
             self.phase = "close" if firm < 0.5 else self._carry_phase(drop - origin, offset)
         else:
             offset, turn, close = self._to_grasp(plan)
@@ -207,7 +207,7 @@ class PickPlaceExpert(Expert):
         """(offset (3,) m, turn (3,) rad, close) of a gripper that does not hold the object yet."""
         grasp, yaw = self._grasp(plan)
         hand = self._hand.position
-        turn = turn_between(self._hand.axes, self._hand.upright(yaw))
+        turn = self._hand.turn_to(self._hand.upright(yaw))
         hover = max(plan.hover, float(grasp[2]) + 0.05)
         steer = funnel(hand, grasp, hover, astray=TURN_LEVER * float(np.linalg.norm(turn)))
         off = grasp - hand
