@@ -40,18 +40,26 @@ setup(
         # Keep the torch that is installed, or pin one, in the same command: torchvision, which timm asks for, goes with
         # one version of torch, and its newest brings the newest torch and several gigabytes of CUDA.
         "vla": ["torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"],
+        "data": ["h5py>=3.8", "pyarrow>=14", "av>=12"],
+        "train": ["h5py>=3.8", "matplotlib>=3.8", "peft>=0.13", "tensorboard>=2.14"],
         # msgpack before 1.2.1 leaks memory on malformed messages.
         "serve": ["websockets>=13", "msgpack>=1.2.1"],
+        # Statistics and report of `flashvla eval`.
+        "eval": ["scipy>=1.15", "statsmodels>=0.14.4", "matplotlib>=3.8"],
+        "ray": ["ray>=2.40"],
         "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy", "setuptools", "wheel", "dm-tree"],
     },
     entry_points={
         "console_scripts": ["flashvla = flashvla_ros.cli:main"],
         "flashvla.policies": [
+            "blind = sim.ablation:Blind",
             "hold = mllm.policy:HoldPolicy",
             "mini = mllm.vla_policy:mini_policy",
+            "misled = sim.ablation:Misled",
             "replay = mllm.replay:ReplayPolicy",
         ],
     },
+    package_data={"mllm": ["weights/*/*", "training/configs/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

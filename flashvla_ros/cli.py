@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from flashvla_ros import cli_data, cli_eval, cli_train
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
@@ -52,12 +53,19 @@ Settings = Annotated[
 class Demo:
     """Run one LIBERO episode through real ROS 2 processes, and record it.
 
-    Starts simulator bridge, command gate and policy, replays a recorded expert episode in lockstep, prints how it
-    ended and where the time went, and writes a video, a rosbag2 MCAP and the numbers under `runs/`.
+    Starts simulator bridge, command gate and policy, lets the policy solve the task in lockstep, prints how it ended
+    and where the time went, and writes a video, a rosbag2 MCAP and the numbers under `runs/`.
     """
 
+    suite: str = "libero_spatial"
+    task: str = "0"
+    """Index or instruction."""
+    init_state: int = 0
+    """Official initial state."""
+    checkpoint: str = ""
+    """Folder of the policy's weights; those that come with the package if not given."""
     episode: Path | None = None
-    """Recorded actions to replay; the shipped one if not given."""
+    """Recorded actions to replay instead."""
     realtime: bool = False
     """Let the world run at 20 Hz instead of waiting for each command."""
     runs: Path = Path("runs")
@@ -67,11 +75,12 @@ class Demo:
     settings: Settings = field(default=())
 
     def run(self) -> int:
-        from flashvla_ros.demo import run_demo
-        from flashvla_ros.paths import demo_episode
+        from flashvla_ros.demo import driven, replayed, run_demo
 
+        task = int(self.task) if self.task.isdigit() else self.task
+        act = replayed(self.episode) if self.episode else driven(self.checkpoint, self.suite, task, self.init_state)
         return run_demo(
-            episode=self.episode or demo_episode(),
+            act,
             realtime=self.realtime,
             runs=self.runs,
             json_output=self.json,
@@ -201,6 +210,8 @@ class BenchModel:
     """float32 or bfloat16."""
     threads: int = 2
     """Of torch on the CPU."""
+    compile: bool = False
+    """Ours by torch.compile."""
     json: bool = False
     """Print the result as JSON on stdout."""
 
@@ -208,9 +219,7 @@ class BenchModel:
         from flashvla_ros.bench_model import run_bench
         from mllm.bench import BenchConfig
 
-        config = BenchConfig(
-            model=self.model, steps=self.steps, device=self.device, dtype=self.dtype, threads=self.threads
-        )
+        config = BenchConfig(self.model, self.steps, 18, self.device, self.dtype, self.threads, self.compile)
         return run_bench(config, self.json)
 
 
@@ -259,7 +268,12 @@ class Record:
 def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record},
+        {
+            **{"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record},
+            **cli_data.COMMANDS,
+            **cli_train.COMMANDS,
+            **cli_eval.COMMANDS,
+        },
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",
         args=args,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flashvla_ros.monitor import EpisodeMonitor, percentiles
+from flashvla_ros.ros_player import graph_overrides
 from flashvla_ros.session import Session, interruptible, ros_context, run_episode
+from mllm.hf_config import WEIGHTS, load_config
 from mllm.recording import load_recording
+from sim.env import EnvConfig
+from sim.results import EpisodeKey
+from sim.tasks import STEP_LIMITS, find_task
 
 STAGES = {
     "physics": "simulator: physics",
@@ -27,37 +33,65 @@ STAGES = {
 }
 
 
+@dataclass(frozen=True)
+class Act:
+    """What a demo shows. steps: expected, or at most.  line: what is said about it first.
+
+    overrides: node -> parameters of the `libero` graph.
+    """
+
+    overrides: Mapping[str, Mapping[str, Any]]
+    steps: int
+    line: str
+
+
+def replayed(episode: Path) -> Act:
+    """A recorded episode, played back without looking. Raises PolicyError: the file cannot be read."""
+    recording = load_recording(episode)
+    facts = recording.metadata
+    bridge = {key: facts[key] for key in ("suite", "task", "init_state", "renderer", "stepper") if key in facts}
+    options = json.dumps({"episode": str(episode), "after_end": "hold"})
+    return Act(
+        {
+            "sim_bridge": {**bridge, "seed": int(facts.get("seed", 0))},
+            "policy": {"policy": "replay", "policy_options": options},
+        },
+        len(recording.actions),
+        f"{facts.get('suite')} task {facts.get('task')}: {facts.get('instruction', '')} (a recording)",
+    )
+
+
+def driven(checkpoint: str, suite: str, task: int | str, init_state: int) -> Act:
+    """A trained policy that sees the cameras. checkpoint: a folder; empty is the one that comes with the package.
+
+    Raises PolicyError or ConfigurationError: no such checkpoint, suite, task or initial state.
+    """
+    config = load_config(Path(checkpoint) if checkpoint else WEIGHTS / "mini")
+    env = EnvConfig(suite, task, **{"cameras": config.cameras, **config.render})  # type: ignore[arg-type]
+    found = find_task(suite, task)
+    key = EpisodeKey(suite, found.index, init_state, env.seed)
+    overrides = graph_overrides(env, "mini", {"checkpoint": checkpoint} if checkpoint else {}, key)
+    return Act(overrides, STEP_LIMITS[suite], f"{suite} task {found.index}: {found.language}")
+
+
 def run_demo(
+    act: Act,
     *,
-    episode: Path,
     realtime: bool,
     runs: Path,
     json_output: bool,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
-    """Replays a recorded episode through the `libero` graph. Returns the exit status: 0 for success."""
+    """Plays one episode through the `libero` graph. Returns the exit status: 0 for success."""
     console = Console(stderr=json_output)
-    recording = load_recording(episode)
-    facts = recording.metadata
     folder = runs / f"demo-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    bridge: dict[str, Any] = {
-        key: facts[key] for key in ("suite", "task", "init_state", "renderer", "stepper") if key in facts
-    }
-    bridge |= {
-        "seed": int(facts.get("seed", 0)),
-        "mode": "realtime" if realtime else "lockstep",
-        "trace_file": str(folder / "trace.npz"),
-    }
-    policy = {"policy": "replay", "policy_options": json.dumps({"episode": str(episode), "after_end": "hold"})}
-    wanted = {"sim_bridge": bridge, "policy": policy}
+    bridge = {"mode": "realtime" if realtime else "lockstep", "trace_file": str(folder / "trace.npz")}
+    wanted = {**act.overrides, "sim_bridge": {**act.overrides["sim_bridge"], **bridge}}
     for node, parameters in (overrides or {}).items():
         wanted[node] = {**wanted.get(node, {}), **parameters}
-    console.print(
-        f"[bold]{facts.get('suite')} task {facts.get('task')}[/]: {facts.get('instruction', '')}\n"
-        f"replaying {len(recording.actions)} actions through camera topics, policy, command gate and bridge"
-    )
+    console.print(act.line, style="bold", markup=False)
     with interruptible(), ros_context(), _progress(console) as progress:
-        bar = progress.add_task("starting the nodes", total=len(recording.actions))
+        bar = progress.add_task("starting the nodes", total=act.steps)
 
         def show(monitor: EpisodeMonitor) -> None:
             steps = monitor.stepped()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mllm.config import NAMED, named_config
 from mllm.errors import PolicyError
+from mllm.kernels import product
 from mllm.policy import Observation
 from mllm.tensor_names import places
 from mllm.torchvision_import import import_timm
@@ -33,6 +34,7 @@ class BenchConfig:
     """model: see `mllm.config.NAMED`.  steps: actions measured of each kind.  words: tokens of the instruction.
 
     device: "cpu" or "cuda".  dtype: "float32" or "bfloat16".  threads: of torch on the CPU.
+    compile: ours by torch.compile; the baseline is eager as ever.
     """
 
     model: str = "mini"
@@ -41,6 +43,7 @@ class BenchConfig:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 2
+    compile: bool = False
 
     def __post_init__(self) -> None:
         choices = (("model", tuple(NAMED)), ("device", ("cpu", "cuda")), ("dtype", tuple(DTYPES)))
@@ -72,7 +75,9 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
     """Measures ours and the baseline by turns, so that a slow moment of the machine falls on both.
 
     Returns what JSON can hold: "ours" and "baseline" with p50 and p99 milliseconds of every stage and of the whole
-    "step"; "speedup" of the step's p50; "equal_tokens", whether both always chose the same; "floor_ms"; the "machine".
+    "step"; "speedup" of the step's p50; "equal_tokens", whether both always chose the same (in bfloat16 random weights
+    leave many a choice to rounding), and "equal_actions", the share of answers; "floor_ms"; "achieved" rates at the
+    p50, to compare with those of the "machine".
     """
     config = config or BenchConfig()
     torch.set_num_threads(config.threads)
@@ -82,33 +87,37 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
         model = VLA(named_config(config.model)).to(dtype)
     init_random(model.to_empty(device=device), 0)
     # Unrestricted, like the baseline: both may choose any token, so that their choices can be compared.
-    restricted = VLAPolicy(model, FixedTokenizer(config.words))
+    restricted = VLAPolicy(model, FixedTokenizer(config.words), compile=config.compile)
     unrestricted = VLAPolicy(model, FixedTokenizer(config.words), restricted=False)
     for policy in (restricted, unrestricted):
         policy.reset("")
         policy.warm_up()
-    baseline = Baseline(model, config.words)
+    baseline = Baseline(_twin(model), config.words)
     images = [_noise(model, seed) for seed in range(config.steps)]
     baseline.act(images[0])
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
-    equal = True
+    equal = 0
     for observation in images:
         ours.append(_timed(lambda seen: restricted.act(seen).timing, observation))
         theirs.append(_timed(baseline.act, observation))
         pixels = torch.from_numpy(restricted.preprocess(observation.images))[None]
         tokens = unrestricted.decoder.generate(pixels, [baseline.ids])
-        equal = equal and bool(torch.equal(tokens, baseline.tokens))
+        equal += bool(torch.equal(tokens, baseline.tokens))
     summaries = {"ours": _summary(ours), "baseline": _summary(theirs)}
     speeds = machine_speeds(dtype, device)
+    work = count_work(model, config.words)
     return {
         "model": config.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **summaries,
         "speedup": round(summaries["baseline"]["step"]["p50_ms"] / summaries["ours"]["step"]["p50_ms"], 3),
-        "equal_tokens": equal,
-        "floor_ms": floor(model, config.words, speeds),
-        "machine": {"device": device.type, "dtype": config.dtype, "threads": config.threads, **speeds},
+        "equal_tokens": equal == config.steps,
+        "equal_actions": round(equal / config.steps, 3),
+        "floor_ms": floor(work, speeds),
+        "achieved": achieved(work, summaries["ours"], model.config.action_tokens),
+        "machine": {"device": device_name(device), "dtype": config.dtype, "threads": config.threads, **speeds},
+        "compile": config.compile,
         "torch": torch.__version__,
     }
 
@@ -158,28 +167,29 @@ class Baseline:
             min_new_tokens=model.config.action_tokens,
             do_sample=False,
         )
-        self._policy.command(self.tokens[0].cpu().numpy())
+        self._policy.command(self.tokens.cpu().numpy())
         lap()
         seconds = [after - before for before, after in pairwise(clock)]
         return dict(zip(("preprocess", "vision", "generate"), seconds, strict=True))
 
 
 def machine_speeds(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """{"gb_per_s", "gflop_per_s"}: the best of reading 256 MB, and of a product of a prompt's size, on this machine."""
-    large = torch.ones((256 << 20) // dtype.itemsize, dtype=dtype, device=device)
-    left, right = torch.ones(160, 2048, dtype=dtype, device=device), torch.ones(2048, 8192, dtype=dtype, device=device)
+    """{"gb_per_s", "gflop_per_s"}: the best of reading much memory, and of a large product, on this machine."""
+    scale = 8 if device.type == "cuda" else 1
+    large = torch.ones((scale * 256 << 20) // dtype.itemsize, dtype=dtype, device=device)
+    rows, size, count = 160 * scale**2, 2048, 8192
+    x, weight = torch.ones(rows, size, dtype=dtype, device=device), torch.ones(count, size, dtype=dtype, device=device)
     read = _best(lambda: large.max(), device)
-    product = _best(lambda: left @ right, device)
+    multiply = _best(lambda: product(x, weight), device)
     return {
         "gb_per_s": round(large.numel() * dtype.itemsize / read / 1e9, 1),
-        "gflop_per_s": round(2 * 160 * 2048 * 8192 / product / 1e9, 1),
+        "gflop_per_s": round(2 * rows * size * count / multiply / 1e9, 1),
     }
 
 
-def floor(model: VLA, words: int, speeds: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of the least work: two operations a weight and token of vision and prompt; then bytes a token.
-
-    Weights that fit a processor's cache may be read faster than memory gives them: the floor is then no floor.
+def count_work(model: VLA, words: int) -> dict[str, float]:
+    """The least work of an answer: 1e9 operations of "vision" and "prefill", two a weight and token, and 1e9 bytes of
+    weights read in "decode".
     """
     config = model.config
 
@@ -190,12 +200,47 @@ def floor(model: VLA, words: int, speeds: dict[str, float]) -> dict[str, float]:
     visual = model.visual_tokens(pixels.to(model.device, model.dtype)).shape[1]
     layers = count(model.language_model.model.layers)
     head = config.action_bins * config.decoder.hidden_size
-    rate, bandwidth = speeds["gflop_per_s"] * 1e6, speeds["gb_per_s"] * 1e6
-    vision = 2 * visual * (count(model.vision_backbone) + count(model.projector)) / rate
-    prefill = 2 * (visual + words) * layers / rate
-    decode = (config.action_tokens - 1) * (layers + head) * model.dtype.itemsize / bandwidth
-    stages = {"vision": vision, "prefill": prefill, "decode": decode}
+    return {
+        "vision": 2e-9 * visual * (count(model.vision_backbone) + count(model.projector)),
+        "prefill": 2e-9 * (visual + words) * layers,
+        "decode": 1e-9 * (config.action_tokens - 1) * (layers + head) * model.dtype.itemsize,
+    }
+
+
+def floor(work: dict[str, float], speeds: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of `count_work` at the machine's speeds.
+
+    Weights that fit a processor's cache may be read faster than memory gives them: the floor is then no floor.
+    """
+    stages = {
+        stage: 1e3 * amount / speeds["gb_per_s" if stage == "decode" else "gflop_per_s"]
+        for stage, amount in work.items()
+    }
     return {name: round(milliseconds, 3) for name, milliseconds in {**stages, "step": sum(stages.values())}.items()}
+
+
+def achieved(work: dict[str, float], ours: dict[str, dict[str, float]], tokens: int) -> dict[str, float]:
+    """The work over the p50 of its stage: "gflop_per_s" of vision and prefill, "gb_per_s" and "tokens_per_s" of decode,
+    which makes all tokens but the first.
+    """
+    seconds = {stage: ours[stage]["p50_ms"] / 1e3 for stage in work}
+    return {
+        "gflop_per_s": round((work["vision"] + work["prefill"]) / (seconds["vision"] + seconds["prefill"]), 1),
+        "gb_per_s": round(work["decode"] / seconds["decode"], 1),
+        "tokens_per_s": round((tokens - 1) / seconds["decode"], 1),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _twin(model: VLA) -> VLA:
+    """The same weights in modules of their own, which nobody has compiled."""
+    with torch.device("meta"):
+        twin = VLA(model.config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    return twin.eval()
 
 
 def _noise(model: VLA, seed: int) -> Observation:

@@ -9,37 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mllm.config import VLAConfig
 from mllm.errors import PolicyError
-from mllm.hf_config import config_from_hf, config_to_hf, read_json, statistics_from_hf, statistics_to_hf
+from mllm.hf_config import CONFIG, STATISTICS, config_to_hf, load_config, read_json, statistics_to_hf
 from mllm.tensor_file import DTYPES, Entry, read_header, read_into, write_tensors
 from mllm.tensor_names import Place, places
 from mllm.tokenizer import Tokenizer, load_tokenizer
 from mllm.vla import VLA
 
-CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
 # Tables that older versions of transformers saved, and every version computes.
 IGNORED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-def load_config(folder: Path) -> VLAConfig:
-    """The configuration of a checkpoint, with the statistics of its data set file where it has one."""
-    config = config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
-    path = folder / STATISTICS
-    if not path.is_file():
-        return config
-    try:
-        return replace(config, statistics=statistics_from_hf(read_json(path), str(path)))
-    except PolicyError as error:
-        raise PolicyError(f"{path}: {error}") from error
 
 
 def load_checkpoint(

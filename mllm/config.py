@@ -12,6 +12,8 @@ OWN_TOWER = "conv-vit"
 RESIZES = ("lanczos", "area")
 # Token by token; in one pass whose action slots see one another; or in one in which every position sees every other.
 DECODING = ("causal", "slots", "full")
+# A token for each number of an action, or the numbers themselves (OpenVLA-OFT's L1 regression).
+HEADS = ("tokens", "regression")
 # OpenVLA's `vision_backbone_id`: timm's names and image sizes, in the order of the features.
 DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 BACKBONES = {
@@ -158,6 +160,11 @@ class VLAConfig:
     cameras: names in `Observation.images`; their visual tokens follow one another in this order.
     vocab_padding: rows of the vocabulary that only fill it up; the action tokens are the last `action_bins` ids below.
     decoding: see `DECODING`.  chunk: actions of one answer; more than one is decoded in one pass.
+    head: see `HEADS`. With "regression" one slot with an embedding of its own stands for a whole action (our choice).
+    execute: actions of a chunk that are carried out before the model looks again.
+    proprio: names in `Observation.proprio`; together they are one more token behind the visual ones.
+    proprio_statistics: what brings their numbers to [-1, 1].
+    render: how the images were drawn that the model was trained on, in the words of `sim.env.EnvConfig`.
     images, gripper: what the model was trained on; see `ImageConfig` and `mllm.actions.GRIPPERS`.
     statistics: data set -> how its actions were normalised; see `mllm.actions`.
     """
@@ -170,6 +177,11 @@ class VLAConfig:
     vocab_padding: int = 64
     decoding: str = "causal"
     chunk: int = 1
+    head: str = "tokens"
+    execute: int = 1
+    proprio: tuple[str, ...] = ()
+    proprio_statistics: ActionStatistics | None = None
+    render: Mapping[str, str | int] = field(default_factory=dict)
     images: ImageConfig = field(default_factory=ImageConfig)
     gripper: str = "opening"
     statistics: Mapping[str, ActionStatistics] = field(default_factory=dict)
@@ -177,6 +189,7 @@ class VLAConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "towers", tuple(self.towers))
         object.__setattr__(self, "cameras", tuple(self.cameras))
+        object.__setattr__(self, "proprio", tuple(self.proprio))
         if not 1 <= len(self.towers) <= 2:
             raise PolicyError(f"VLAConfig.towers has {len(self.towers)}: it must be one or two")
         if len({tower.image_size for tower in self.towers}) > 1:
@@ -192,9 +205,17 @@ class VLAConfig:
                 f"the vocabulary has {self.decoder.vocab_size} ids, {self.vocab_padding} of them padding: "
                 f"there is no room for words before {self.action_bins} action tokens"
             )
-        check_choice(self, {"decoding": DECODING, "gripper": GRIPPERS})
+        check_choice(self, {"decoding": DECODING, "gripper": GRIPPERS, "head": HEADS})
         if self.chunk > 1 and self.decoding == "causal":
             raise PolicyError(f"VLAConfig.chunk is {self.chunk}: more than one action needs decoding 'slots' or 'full'")
+        if self.head == "regression" and self.decoding != "slots":
+            raise PolicyError(f"VLAConfig.head is 'regression' and decoding {self.decoding!r}: it must be 'slots'")
+        check_sizes(self, {"execute": (1, self.chunk)})
+        if bool(self.proprio) != (self.proprio_statistics is not None):
+            raise PolicyError(
+                f"VLAConfig.proprio is {self.proprio} and proprio_statistics {self.proprio_statistics}: "
+                "one needs the other"
+            )
         for name, statistics in self.statistics.items():
             if len(statistics.low) != self.action_dim:
                 raise PolicyError(
@@ -217,8 +238,8 @@ class VLAConfig:
 
     @property
     def action_tokens(self) -> int:
-        """Action tokens of one answer."""
-        return self.action_dim * self.chunk
+        """Positions that one answer takes: one for each number, or with head "regression" one for each action."""
+        return self.chunk if self.head == "regression" else self.action_dim * self.chunk
 
 
 # Of the published preprocessor_config.json: ImageNet's had passed through bfloat16.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import TowerConfig
+from mllm.kernels import Linear, attention
 
 PATCH = 16
 
@@ -23,17 +24,17 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
+        self.fc1 = Linear(width, mlp_width)
+        self.fc2 = Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, width)."""
         batch, count, width = x.shape
         query, key, value = self.qkv(self.norm1(x)).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attention(query, key, value, None)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
@@ -51,7 +52,8 @@ class ConvViT(nn.Module):
             nn.GELU(),
             nn.Conv2d(width // 2, width, 3, 2, 1),
         )
-        self.pos_embed = nn.Parameter(torch.randn(cameras, (config.image_size // PATCH) ** 2, width) * 0.02)
+        self.patches = (config.image_size // PATCH) ** 2
+        self.pos_embed = nn.Parameter(torch.randn(cameras, self.patches, width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
 

@@ -7,7 +7,6 @@ position carries its own rotary position, so what token selection leaves out lea
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import DecoderConfig
+from mllm.kernels import Linear, attention, product, rms_norm
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ class TokenHook(Protocol):
     def __call__(self, state: LayerState) -> Kept | None: ...
 
 
+@dataclass(frozen=True)
+class CacheState:
+    """What a cache holds; see `KVCache`."""
+
+    used: tuple[int, ...]
+    valid: tuple[Tensor | None, ...]
+
+
 class KVCache:
     """Keys and values of every layer, allocated once.
 
@@ -77,12 +85,21 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.batch, self.capacity = batch, capacity
         self.keys_values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.pairs = [(part[0], part[1]) for part in self.keys_values]
         self.used = [0 for _ in layers]
         self.valid: list[Tensor | None] = [None for _ in layers]
 
     def clear(self) -> None:
         self.used = [0] * len(self.used)
         self.valid = [None] * len(self.valid)
+
+    @property
+    def state(self) -> CacheState:
+        return CacheState(tuple(self.used), tuple(self.valid))
+
+    @state.setter
+    def state(self, state: CacheState) -> None:
+        self.used, self.valid = list(state.used), list(state.valid)
 
     def append(
         self, layer: int, key: Tensor, value: Tensor, valid: Tensor | None
@@ -95,7 +112,7 @@ class KVCache:
         end = start + key.shape[2]
         if end > self.capacity:
             raise ValueError(f"{end} positions do not fit the cache's {self.capacity} slots: make a larger one")
-        keys, values = self.keys_values[layer]
+        keys, values = self.pairs[layer]
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
         self.used[layer] = end
@@ -104,7 +121,7 @@ class KVCache:
             known = self.valid[layer] = valid.new_ones(valid.shape[0], self.capacity)
         if known is not None:
             known[:, start:end] = True if valid is None else valid
-            known = known[:, :end]
+            known = known[:, :end] if start else valid
         return keys[:, :, :end], values[:, :, :end], known
 
     def keep(self, layers: range, index: Tensor, valid: Tensor | None) -> None:
@@ -123,8 +140,12 @@ class KVCache:
                 self.valid[layer] = known
 
 
-def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: int, device: torch.device) -> Tensor:
-    """Which slots the last `rows` positions see: (rows, slots) or, given valid (B, slots), (B, 1, rows, slots) bool.
+def attention_bias(
+    rows: int, slots: int, valid: Tensor | None, bidirectional: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What the last `rows` positions add to their scores: 0 where they see a slot, -inf where they do not.
+
+    valid: (B, slots) or None.  Returns (B or 1, 1, rows, slots).
 
     A position sees itself, earlier ones and, if it is one of the last `bidirectional`, later ones; and no padding.
     Padding sees itself, so that its rows stay finite.
@@ -132,45 +153,20 @@ def attention_mask(rows: int, slots: int, valid: Tensor | None, bidirectional: i
     mask = torch.ones(rows, slots, dtype=torch.bool, device=device).tril(slots - rows)
     if bidirectional:
         mask[-bidirectional:] = True
-    if valid is None:
-        return mask
-    itself = torch.eye(slots, dtype=torch.bool, device=device)[slots - rows :]
-    return (valid[:, None, None, :] | itself) & mask
-
-
-def rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x: (B, T, K), weight: (N, K). Returns (B, T, N).
-
-    On a CPU one row, as in decoding, is multiplied by blocks of rows of the weights as a batch: the plain call reads
-    the weights in one thread at half the memory's speed. The sums are the same to rounding.
-    """
-    count, size = weight.shape
-    blocks = math.gcd(count, 8)
-    if x.numel() != size or x.device.type != "cpu" or blocks == 1 or not weight.is_contiguous():
-        return F.linear(x, weight)
-    # A column by its strides too: with those of a row, the product would copy the weights.
-    column = x.expand(blocks, 1, size).transpose(1, 2)
-    return torch.bmm(weight.view(blocks, -1, size), column).view(1, 1, count)
-
-
-class Linear(nn.Linear):
-    """Without bias, by `rows_product`."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rows_product(x, self.weight)
+    if valid is not None:
+        itself = torch.eye(slots, dtype=torch.bool, device=device)[slots - rows :]
+        mask = (valid[:, None, None, :] | itself) & mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf).view(-1, 1, rows, slots)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.shape, self.eps = (size,), eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -180,23 +176,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.size
-        self.qkv_proj = Linear(config.hidden_size, rows)
-        self.o_proj = Linear(self.heads * self.size, config.hidden_size)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = Linear(self.heads * self.size, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, d), rotary: cosine and signed sine, (B or 1, 1, T, D). Returns query, key (rotated) and value."""
         batch, count, _ = x.shape
         heads = self.qkv_proj(x).view(batch, count, -1, self.size).transpose(1, 2)
-        turning = heads[:, : self.heads + self.kv_heads]
-        cosine, sine = rotary
+        turning, value = heads.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        cosine, sine = (table.to(heads.dtype) for table in rotary)
         turned = torch.addcmul(turning * cosine, turning.roll(self.size // 2, -1), sine)
-        return turned[:, : self.heads], turned[:, self.heads :], heads[:, self.heads + self.kv_heads :]
+        query, key = turned.split((self.heads, self.kv_heads), 1)
+        return query, key, value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         """query: (B, H, T, D), key and value: (B, G, S, D). Returns (B, T, d)."""
         batch, _, count, _ = query.shape
-        grouped = self.heads != self.kv_heads
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
+        mixed = attention(query, key, value, bias, causal)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))
 
 
@@ -205,8 +201,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -265,7 +261,8 @@ class Decoder(nn.Module):
         """
         rotary = self.rotary(positions, hidden.dtype)
         state: tuple[Tensor, Tensor, Tensor] | None = None
-        mask, masked = None, None
+        bias: Tensor | None = None
+        biased: tuple[int, int, Tensor | None] | None = None
         for i, layer in enumerate(cast("list[DecoderLayer]", self.layers)):
             if hook is not None and state is not None:
                 kept = hook(LayerState(i, hidden, positions, valid, *state))
@@ -282,14 +279,38 @@ class Decoder(nn.Module):
             # One row sees every slot, and whole sequences have a mask of their own inside the attention kernel.
             plain = known is None and not bidirectional
             causal = plain and rows == slots > 1
-            if known is not None or (rows, slots) != masked:
-                needed = known is not None or (rows > 1 and not causal)
-                mask = attention_mask(rows, slots, known, min(bidirectional, rows), hidden.device) if needed else None
-                masked = (rows, slots)
-            attention = layer.self_attn.attend(query, keys, values, mask, causal)
-            hidden = hidden + attention
+            if biased is None or biased[:2] != (rows, slots) or biased[2] is not known:
+                bias, biased = None, (rows, slots, known)
+                if known is not None or (rows > 1 and not causal):
+                    bias = attention_bias(rows, slots, known, min(bidirectional, rows), query.dtype, hidden.device)
+            attended = layer.self_attn.attend(query, keys, values, bias, causal)
+            hidden = hidden + attended
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            state = (attention, query, key)
+            state = (attended, query, key)
+        return self.norm(hidden)
+
+    def step(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pairs: list[tuple[Tensor, Tensor]],
+        slot: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """`forward` for one more position, with shapes that do not depend on how much the cache holds.
+
+        hidden: (B, 1, d).  rotary: see `rotary`.  pairs: `KVCache.pairs`, whose bookkeeping is left alone.
+        slot: (L,) int64, where each layer's key and value go.
+        bias: (L, B, 1, 1, S), what each slot adds to its layer's scores: 0, or -inf for what is not seen.
+        Returns (B, 1, d).
+        """
+        layers = cast("list[DecoderLayer]", self.layers)
+        for layer, (keys, values), place, row in zip(layers, pairs, slot.split(1), bias.unbind(0), strict=True):
+            query, key, value = layer.self_attn.project(layer.input_layernorm(hidden), rotary)
+            keys.index_copy_(2, place, key)
+            values.index_copy_(2, place, value)
+            hidden = hidden + layer.self_attn.attend(query, keys, values, row, False)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.norm(hidden)
 
     def _keep(
@@ -331,9 +352,13 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
         """hidden: (B, T, d). Returns (B, T, vocab), or of ids[0] to ids[1] - 1 alone, which reads fewer weights."""
         weight = self.lm_head.weight
-        return rows_product(hidden, weight if ids is None else weight[ids[0] : ids[1]])
+        return product(hidden, weight if ids is None else weight[ids[0] : ids[1]])
+
+    def best(self, hidden: Tensor, ids: tuple[int, int]) -> Tensor:
+        """hidden: (B, T, d). Returns the likeliest of ids[0] to ids[1] - 1, (B, T) int64."""
+        return self.logits(hidden, ids).argmax(-1) + ids[0]

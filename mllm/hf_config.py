@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from mllm.config import BACKBONES, DecoderConfig, ImageConfig, TowerConfig, VLAC
 from mllm.errors import PolicyError
 
 MAX_JSON = 16 << 20
+CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
+# Checkpoints that come with the package.
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 # What a Llama configuration may say only in this way, as the decoder knows no other.
 FIXED = {
     "model_type": "llama",
@@ -22,7 +25,8 @@ FIXED = {
     "tie_word_embeddings": False,
     "rope_scaling": None,
 }
-OWN = ("towers", "cameras", "action_dim", "vocab_padding", "decoding", "chunk", "images", "gripper")
+PLAIN = ("action_dim", "decoding", "chunk", "head", "execute", "gripper")
+OWN = ("towers", "cameras", "vocab_padding", "proprio", "proprio_statistics", "render", "images", *PLAIN)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,6 +42,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise PolicyError(f"{path} holds a {type(read).__name__}: it must be a JSON object")
     return read
+
+
+def load_config(folder: Path) -> VLAConfig:
+    """The configuration of a checkpoint, with the statistics of its data set file where it has one."""
+    config = config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+    path = folder / STATISTICS
+    if not path.is_file():
+        return config
+    try:
+        return replace(config, statistics=statistics_from_hf(read_json(path), str(path)))
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
 
 
 def part(mapping: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
@@ -57,9 +73,17 @@ def config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> VLA
     if unknown:
         raise PolicyError(f"{where}: 'flashvla' has unknown parts: {', '.join(unknown)[:200]}")
     padding = part(own, "vocab_padding", int, where, part(config, "pad_to_multiple_of", int, where, 64))
-    given: dict[str, Any] = {key: own[key] for key in ("action_dim", "decoding", "chunk", "gripper") if key in own}
-    if "cameras" in own:
-        given["cameras"] = tuple(str(name) for name in part(own, "cameras", list, where))
+    given: dict[str, Any] = {key: own[key] for key in PLAIN if key in own}
+    for key in ("cameras", "proprio"):
+        if key in own:
+            given[key] = tuple(str(name) for name in part(own, key, list, where))
+    if own.get("proprio_statistics") is not None:
+        given["proprio_statistics"] = ActionStatistics.from_json(f"{where}: proprio", own["proprio_statistics"])
+    if "render" in own:
+        render = part(own, "render", dict, where)
+        if not all(type(value) in (str, int) for value in render.values()):
+            raise PolicyError(f"{where}: 'render' is {str(render)[:80]}: its values must be text or whole numbers")
+        given["render"] = render
     if "images" in own:
         given["images"] = _build(ImageConfig, part(own, "images", dict, where), where)
     towers = (
@@ -162,11 +186,11 @@ def config_to_hf(config: VLAConfig) -> dict[str, Any]:
         "flashvla": {
             "towers": [asdict(tower) for tower in config.towers],
             "cameras": list(config.cameras),
-            "action_dim": config.action_dim,
             "vocab_padding": config.vocab_padding,
-            "decoding": config.decoding,
-            "chunk": config.chunk,
+            "proprio": list(config.proprio),
+            "proprio_statistics": config.proprio_statistics and config.proprio_statistics.to_json(),
+            "render": dict(config.render),
             "images": asdict(config.images),
-            "gripper": config.gripper,
+            **{key: getattr(config, key) for key in PLAIN},
         },
     }

@@ -13,7 +13,7 @@ A third party's policy is any class with `reset` and `act`, named in the `flashv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +22,8 @@ import numpy as np
 
 from mllm.errors import PolicyError
 
+# LIBERO's proprioception; see `Observation`.
+PROPRIO_SIZES = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2, "joint_pos": 7, "joint_vel": 7}
 ENTRY_POINT_GROUP = "flashvla.policies"
 
 
@@ -69,11 +71,14 @@ class ActionStep:
     action: (7,) float32, as `ActionSpec` says.
     timing: stage -> seconds spent in it.
     flags: anything else worth recording about the step; values are numbers, booleans or short strings.
+    kept: (K,) int64, ascending: which visual tokens the decoder kept, counted over all cameras in the model's order;
+        None where it chose none, or did not run.
     """
 
     action: np.ndarray
     timing: Mapping[str, float] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
+    kept: np.ndarray | None = None
 
 
 def check_action(action: np.ndarray) -> np.ndarray:
@@ -97,6 +102,15 @@ class Policy(Protocol):
     def reset(self, instruction: str) -> None: ...
 
     def act(self, observation: Observation) -> ActionStep: ...
+
+
+@runtime_checkable
+class BatchedPolicy(Policy, Protocol):
+    """A policy that answers several episodes at once; what it remembers of each is what `begin` gave."""
+
+    def begin(self, instruction: str) -> Any: ...
+
+    def act_batch(self, episodes: Sequence[Any], observations: Sequence[Observation]) -> list[ActionStep]: ...
 
 
 class HoldPolicy:

@@ -96,9 +96,8 @@ def centre_crop(image: np.ndarray, area: float = CROP_AREA) -> np.ndarray:
     second = np.minimum(first + 1, size - 1)
     share = (places - first).astype(np.float32)
     scaled = image.astype(np.float32) * np.float32(1 / 255)
-    rows_above, rows_below = scaled[first], scaled[second]
-    across = share[None, :, None]
-    above = rows_above[:, first] + (rows_above[:, second] - rows_above[:, first]) * across
-    below = rows_below[:, first] + (rows_below[:, second] - rows_below[:, first]) * across
-    blended = above + (below - above) * share[:, None, None]
+    left = scaled[:, first]
+    rows = left + (scaled[:, second] - left) * share[None, :, None]
+    above = rows[first]
+    blended = above + (rows[second] - above) * share[:, None, None]
     return (np.clip(blended, 0, 1) * np.float32(255.5)).astype(np.uint8)

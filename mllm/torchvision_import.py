@@ -16,6 +16,11 @@ SHAPES_OF_OPERATORS = "torchvision._meta_registrations"
 
 def import_timm() -> ModuleType:
     """timm. Raises ImportError where it is not installed (`pip install flashvla_ros[vla]`)."""
+    return import_beside_torchvision("timm")
+
+
+def import_beside_torchvision(name: str) -> ModuleType:
+    """The module `name`, which imports torchvision. Raises ImportError where it is not installed."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -23,4 +28,4 @@ def import_timm() -> ModuleType:
             raise
         sys.modules[SHAPES_OF_OPERATORS] = ModuleType(SHAPES_OF_OPERATORS)
         importlib.import_module("torchvision")
-    return importlib.import_module("timm")
+    return importlib.import_module(name)

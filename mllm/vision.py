@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mllm.config import OWN_TOWER, TowerConfig, VLAConfig
 from mllm.convvit import ConvViT
 from mllm.errors import PolicyError
+from mllm.kernels import Linear
 from mllm.torchvision_import import import_timm
 
 
@@ -51,6 +52,11 @@ def patch_features(tower: nn.Module, images: Tensor) -> Tensor:
     return features.reshape(batch, -1, features.shape[-1])
 
 
+def patch_count(tower: nn.Module) -> int:
+    """Visual tokens that the tower makes of an image."""
+    return tower.patches if isinstance(tower, ConvViT) else tower.patch_embed.num_patches  # type: ignore
+
+
 class VisionBackbone(nn.Module):
     """One or two towers; the features of a patch stand side by side, the first tower's first."""
 
@@ -60,6 +66,7 @@ class VisionBackbone(nn.Module):
         self.fused_featurizer = make_tower(config.towers[1], len(config.cameras)) if len(config.towers) > 1 else None
         towers = [self.featurizer, *([self.fused_featurizer] if self.fused_featurizer is not None else [])]
         self.width: int = sum(tower.embed_dim for tower in towers)  # type: ignore[misc]
+        self.tokens = len(config.cameras) * patch_count(self.featurizer)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, cameras, 3 * towers, S, S), each tower's normalisation stacked on the channels.
@@ -78,9 +85,9 @@ class Projector(nn.Module):
     def __init__(self, towers: int, width: int, hidden: int) -> None:
         super().__init__()
         inner = hidden if towers == 1 else 4 * width
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, hidden)
-        self.fc3 = nn.Linear(hidden, hidden) if towers > 1 else None
+        self.fc1 = Linear(width, inner)
+        self.fc2 = Linear(inner, hidden)
+        self.fc3 = Linear(hidden, hidden) if towers > 1 else None
 
     def forward(self, features: Tensor) -> Tensor:
         """features: (B, N, width). Returns (B, N, hidden)."""

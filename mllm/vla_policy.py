@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mllm.actions import ActionStatistics, ActionTokens, gripper_to_command
 from mllm.config import VLAConfig, named_config
 from mllm.decoder import TokenHook
+from mllm.engine import compile_model
 from mllm.errors import PolicyError
 from mllm.generate import ActionDecoder
-from mllm.policy import ActionSpec, ActionStep, Observation
+from mllm.hf_config import WEIGHTS
+from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
 from mllm.preprocess import Preprocess
 from mllm.tokenizer import Tokenizer, WordTokenizer
 from mllm.vla import VLA, init_random
 
 
+@dataclass
+class VLAEpisode:
+    """What a policy remembers of one episode: the instruction's ids, and what is left of a chunk, (n, 7) commands."""
+
+    text: list[int]
+    chunk: np.ndarray = field(default_factory=lambda: np.empty((0, 7), np.float32))
+
+
 class VLAPolicy:
-    """Answers an observation with the model's greedy action.
+    """Answers observations with the model's greedy actions; of a chunk it carries out `execute` before it looks again.
 
     statistics: name in `VLAConfig.statistics` of the data set whose units the model's actions have; None for the only
     one there is, or, where there is none, for actions that are commands already.
     restricted, hook: see `mllm.generate.ActionDecoder`.
-    threads: of torch on the CPU, for the whole process; None leaves them.
+    threads: of torch on the CPU, for the whole process; None leaves them. For a model like the mini more than one pay
+        only on free cores with OMP_WAIT_POLICY=active; see `mllm`.
+    execute: 1 to the model's chunk; None is the checkpoint's own.
+    compile: see `mllm.engine.compile_model`; `reset` then takes as long as an instruction of a new length does.
     """
 
     action_spec = ActionSpec()
@@ -38,6 +54,8 @@ class VLAPolicy:
         restricted: bool = True,
         hook: TokenHook | None = None,
         threads: int | None = None,
+        execute: int | None = None,
+        compile: bool = False,
     ) -> None:
         if threads is not None:
             if not 1 <= threads <= 1024:
@@ -46,33 +64,74 @@ class VLAPolicy:
         config = model.config
         if config.action_dim != 7:
             raise PolicyError(f"the model's actions have {config.action_dim} numbers: a policy's have 7")
+        self.execute = config.execute if execute is None else execute
+        if not 1 <= self.execute <= config.chunk:
+            raise PolicyError(f"execute is {execute}: it must be from 1 to the model's chunk of {config.chunk}")
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
+        self.render = dict(config.render)
         self._statistics = choose_statistics(config, statistics)
         self.preprocess = Preprocess(config)
         self._tokens = ActionTokens(config.action_bins, config.token_vocab)
+        if compile:
+            compile_model(model)
         self.decoder = ActionDecoder(model, restricted, hook)
-        self._text: list[int] | None = None
+        # Prompts of a new length are compiled and recorded before an episode, not in it.
+        self._rehearses = compile or model.device.type == "cuda"
+        self._episode: VLAEpisode | None = None
 
     def reset(self, instruction: str) -> None:
         """Starts an episode. Raises PolicyError: no instruction, or one that leaves the model no room."""
-        self._text = self.tokenizer.prompt(instruction)
+        episode = self.begin(instruction)
+        if self._rehearses:
+            self.act_batch([self.begin(instruction)], [make_example(self.config)])
+        self._episode = episode
+
+    def begin(self, instruction: str) -> VLAEpisode:
+        """The state of one of several episodes at once; see `reset`."""
+        text = self.tokenizer.prompt(instruction)
+        self.model.check_room(len(text))
+        return VLAEpisode(text)
 
     def warm_up(self) -> None:
         """Runs the model once on a made-up observation, so that the first real one does not pay for allocations."""
-        text, self._text = self._text, self._text or self.tokenizer.prompt("do nothing")
-        try:
-            self.act(make_example(self.config))
-        finally:
-            self._text = text
+        self.act_batch([self.begin("do nothing")], [make_example(self.config)])
+
+    def act(self, observation: Observation) -> ActionStep:
+        """See `act_batch`. Raises PolicyError: no episode has begun."""
+        if self._episode is None:
+            raise PolicyError("no episode has begun: call reset(instruction) before act()")
+        return self.act_batch([self._episode], [observation])[0]
 
     @torch.inference_mode()
-    def act(self, observation: Observation) -> ActionStep:
-        """The action for one instant, and seconds spent on "preprocess", "vision", "prefill" and "decode".
+    def act_batch(self, episodes: Sequence[VLAEpisode], observations: Sequence[Observation]) -> list[ActionStep]:
+        """The actions for one instant of several episodes, and seconds that all of them together spent on
+        "preprocess", "vision", "prefill" and "decode"; none where the action is left of an earlier chunk.
 
-        flags: "prompt_tokens". Raises PolicyError: no episode, or an observation without the model's cameras.
+        flags: "prompt_tokens" where the model ran; "chunk_step", the number of the action, where chunks have several.
+        Raises PolicyError: an observation without what the model looks at.
         """
-        if self._text is None:
-            raise PolicyError("no episode has begun: call reset(instruction) before act()")
+        looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
+        timing: dict[str, float] = {}
+        kept_of: dict[int, np.ndarray | None] = {}
+        length = 0
+        if looking:
+            texts = [episodes[i].text for i in sorted(looking)]
+            chunks, all_kept, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
+            for i, chunk, kept in zip(sorted(looking), chunks, all_kept, strict=True):
+                episodes[i].chunk, kept_of[i] = chunk[: self.execute], kept
+        steps = []
+        for i, episode in enumerate(episodes):
+            flags = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
+            if i in looking:
+                flags["prompt_tokens"] = length
+            steps.append(ActionStep(episode.chunk[0], timing if i in looking else {}, flags, kept_of.get(i)))
+            episode.chunk = episode.chunk[1:]
+        return steps
+
+    def _infer(
+        self, texts: list[list[int]], observations: list[Observation]
+    ) -> tuple[np.ndarray, list[np.ndarray | None], dict[str, float], int]:
+        """Returns (B, chunk, 7) commands, `ActionStep.kept` of each, seconds a stage, and the prompt's length."""
         clock = [time.perf_counter()]
 
         def lap() -> None:
@@ -80,26 +139,53 @@ class VLAPolicy:
                 torch.cuda.synchronize(self.model.device)
             clock.append(time.perf_counter())
 
-        pixels = torch.from_numpy(self.preprocess(observation.images))[None].to(self.model.device, self.model.dtype)
+        images = np.stack([self.preprocess(observation.images) for observation in observations])
+        pixels = torch.from_numpy(images).to(self.model.device, self.model.dtype)
+        proprio = self._proprio(observations)
         lap()
-        visual = self.model.visual_tokens(pixels)
+        visual = self.decoder.visual_tokens(pixels)
         lap()
-        prompt = self.model.prompt(visual, [self._text])
+        prompt = self.model.prompt(visual, texts, proprio)
         first = self.decoder.prefill(*prompt)
         lap()
-        tokens = self.decoder.decode(first)[0].cpu().numpy()
-        action = self.command(tokens[: self.config.action_dim])
+        commands = self.command(self.decoder.decode(first).float().cpu().numpy())
         lap()
         stages = ("preprocess", "vision", "prefill", "decode")
         timing = {stage: after - before for stage, before, after in zip(stages, clock[:-1], clock[1:], strict=True)}
-        return ActionStep(action, timing, {"prompt_tokens": int(prompt[0].shape[1])})
+        return commands, self.decoder.kept_tokens(len(texts), visual.shape[1]), timing, int(prompt[0].shape[1])
 
-    def command(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens: (..., 7) ids. Returns (..., 7) float32 commands in [-1, 1], as `ActionSpec` says."""
-        values = self._tokens.decode(tokens)
+    def _proprio(self, observations: list[Observation]) -> Tensor | None:
+        statistics = self.config.proprio_statistics
+        if statistics is None:
+            return None
+        rows = [proprio_vector(observation, self.config.proprio) for observation in observations]
+        if rows[0].shape != (len(statistics.low),):
+            raise PolicyError(
+                f"proprioception {', '.join(self.config.proprio)} has {rows[0].size} numbers: the model was trained on "
+                f"{len(statistics.low)}"
+            )
+        return torch.from_numpy(statistics.normalise(np.stack(rows))).to(self.model.device, self.model.dtype)
+
+    def command(self, answer: np.ndarray) -> np.ndarray:
+        """answer: what `ActionDecoder.decode` gives of B samples. Returns (B, chunk, 7) float32 commands in [-1, 1], as
+        `ActionSpec` says.
+        """
+        if self.config.head == "tokens":
+            answer = self._tokens.decode(answer.astype(np.int64)).reshape(len(answer), self.config.chunk, -1)
         if self._statistics is not None:
-            values = self._statistics.unnormalise(values)
-        return np.clip(gripper_to_command(values, self.config.gripper), -1.0, 1.0).astype(np.float32)
+            answer = self._statistics.unnormalise(answer)
+        return np.clip(gripper_to_command(answer, self.config.gripper), -1.0, 1.0).astype(np.float32)
+
+
+def proprio_vector(observation: Observation, names: Sequence[str]) -> np.ndarray:
+    """The named numbers side by side, float64. Raises PolicyError: one is missing."""
+    missing = [name for name in names if name not in observation.proprio]
+    if missing:
+        raise PolicyError(
+            f"the observation lacks proprioception '{missing[0]}'; it has "
+            f"{', '.join(sorted(observation.proprio)) or 'none'}"
+        )
+    return np.concatenate([np.asarray(observation.proprio[name], np.float64) for name in names])
 
 
 def choose_statistics(config: VLAConfig, name: str | None) -> ActionStatistics | None:
@@ -118,27 +204,45 @@ def choose_statistics(config: VLAConfig, name: str | None) -> ActionStatistics |
 def make_example(config: VLAConfig) -> Observation:
     """An observation that the model of `config` can answer: grey images, for smoke tests and warm-up."""
     side = 2 * config.image_size
-    return Observation({camera: np.full((side, side, 3), 127, np.uint8) for camera in config.cameras})
+    images = {camera: np.full((side, side, 3), 127, np.uint8) for camera in config.cameras}
+    return Observation(images, {name: np.zeros(PROPRIO_SIZES[name]) for name in config.proprio})
 
 
-def random_policy(name: str, seed: int, threads: int | None, dtype: torch.dtype = torch.float32) -> VLAPolicy:
+def random_policy(
+    name: str, seed: int, threads: int | None, dtype: torch.dtype = torch.float32, compile: bool = False
+) -> VLAPolicy:
     """The named model with random weights and the words of LIBERO."""
     config = named_config(name)
     tokenizer = WordTokenizer()
     if tokenizer.size > config.action_ids[0]:
         raise PolicyError(f"'{name}' has room for {config.action_ids[0]} words: the vocabulary has {tokenizer.size}")
-    return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads)
+    return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads, compile=compile)
 
 
-def mini_policy(checkpoint: str = "", seed: int = 0, threads: int | None = None, statistics: str = "") -> VLAPolicy:
+def mini_policy(
+    checkpoint: str = "",
+    seed: int | None = None,
+    threads: int | None = 1,
+    statistics: str = "",
+    execute: int | None = None,
+    dtype: str = "float32",
+    compile: bool = False,
+) -> VLAPolicy:
     """The `mini` of the `flashvla.policies` group.
 
-    checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, random weights by `seed`.
-    threads, statistics: see `VLAPolicy`.
+    checkpoint: a folder that `mllm.checkpoint.save_checkpoint` wrote; without it, the weights that come with the
+    package, or with a seed random ones.
+    dtype: "float32", or "bfloat16", which rounds to three digits and is faster where the processor multiplies it.
+    threads, statistics, execute, compile: see `VLAPolicy`.
     """
-    if not checkpoint:
-        return random_policy("mini", seed, threads)
+    if dtype not in ("float32", "bfloat16"):
+        raise PolicyError(f"dtype is {dtype!r}: choose float32 or bfloat16")
+    precision = getattr(torch, dtype)
+    if seed is not None:
+        if checkpoint:
+            raise PolicyError(f"seed is {seed} and checkpoint {checkpoint!r}: random weights, or these, not both")
+        return random_policy("mini", seed, threads, precision, compile)
     from mllm.checkpoint import load_checkpoint
 
-    model, tokenizer = load_checkpoint(checkpoint)
-    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads)
+    model, tokenizer = load_checkpoint(checkpoint or WEIGHTS / "mini", dtype=precision)
+    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads, execute=execute, compile=compile)

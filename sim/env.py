@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from mllm.policy import Observation
+from mllm.policy import PROPRIO_SIZES, Observation
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.render import check_renderer, make_renderer
 from sim.stepping import STEPPERS, check_stepper
@@ -19,7 +19,6 @@ from sim.versions import provenance, warn_about_mujoco
 from sim.world import CONTROL_FREQ, GL_BACKENDS, Privileged, World
 
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], np.float64)
-PROPRIO_SIZES = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2, "joint_pos": 7, "joint_vel": 7}
 
 
 @dataclass(frozen=True)

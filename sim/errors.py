@@ -11,3 +11,7 @@ class ConfigurationError(SimError, ValueError):
 
 class EnvironmentFault(SimError, RuntimeError):
     """The environment crashed, hung or left the finite numbers: the episode is an error, never a failure."""
+
+
+class ResultError(SimError, RuntimeError):
+    """A result cannot be stored; what was stored before it is kept."""

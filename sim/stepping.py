@@ -25,7 +25,7 @@ class OfficialStepper:
 
 
 class FastStepper:
-    """The same step, bit for bit, in less than half the time.
+    """The same step, bit for bit, in about half the time.
 
     robosuite computes a whole forward pass three times a substep: twice before the controller and once inside
     `mj_step`. Positions, velocities and contacts come out the same each time, so they are computed once here. The

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import signal
-import socket
 import subprocess
-import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -19,9 +15,9 @@ import numpy as np
 from mllm.policy import Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, EnvironmentFault
+from sim.process import end, start
 from sim.tasks import find_task
 
-_PR_SET_PDEATHSIG = 1
 _CLOSE_LIMIT = 5.0  # seconds
 
 
@@ -31,15 +27,23 @@ class SupervisedEnv:
     A worker that crashes or does not answer is killed, and the call raises EnvironmentFault with how it ended; the
     next `reset` starts another worker. The worker dies with the thread that started it.
     start_limit: seconds to build the scene.  call_limit: seconds for any other call.
+    factory: what the worker builds; a class or function of a module, found there by name.
     """
 
-    def __init__(self, config: EnvConfig | None = None, start_limit: float = 180.0, call_limit: float = 60.0) -> None:
+    def __init__(
+        self,
+        config: EnvConfig | None = None,
+        start_limit: float = 180.0,
+        call_limit: float = 60.0,
+        factory: Callable[[EnvConfig], LiberoEnv] = LiberoEnv,
+    ) -> None:
         for name, value in (("start_limit", start_limit), ("call_limit", call_limit)):
             if not (np.isfinite(value) and value > 0):
                 raise ConfigurationError(f"{name} is {value}: it must be a finite number of seconds above 0")
         self.config = config or EnvConfig()
         self.task = find_task(self.config.suite, self.config.task)
         self._start_limit, self._call_limit = start_limit, call_limit
+        self._factory = factory
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._provenance: dict[str, str] = {}
@@ -56,13 +60,13 @@ class SupervisedEnv:
         """See `LiberoEnv.reset`; starts a worker where none is running."""
         if self._process is None:
             self._start()
-        observation, info = self._call("reset", seed=seed, options=options)
+        observation, info = self.call("reset", seed=seed, options=options)
         self._stamp = info["stamp"]
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """See `LiberoEnv.step`."""
-        answer = self._call("step", action)
+        answer = self.call("step", action)
         self._stamp = answer[-1]["stamp"]
         return answer
 
@@ -72,12 +76,12 @@ class SupervisedEnv:
 
     def state(self) -> np.ndarray:
         """See `LiberoEnv.state`."""
-        return self._call("state")
+        return self.call("state")
 
     def provenance(self) -> dict[str, str]:
         """See `LiberoEnv.provenance`; asked of each worker once."""
         if not self._provenance:
-            self._provenance = self._call("provenance")
+            self._provenance = self.call("provenance")
         return self._provenance
 
     def close(self) -> None:
@@ -96,21 +100,12 @@ class SupervisedEnv:
         self.close()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = f"from sim.supervisor import _work; _work({theirs.fileno()}, {os.getpid()})"
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__.fileno() if sys.__stderr__ is not None else subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            )
-        self._connection = Connection(ours.detach())
+        self._process, self._connection = start(__name__)
         self._provenance = {}
-        self._exchange("start", self._start_limit, (self.config,), {})
+        self._exchange("start", self._start_limit, (self._factory, self.config), {})
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What any method of the environment in the worker returns. Raises as `step` does."""
         return self._exchange(method, self._call_limit, args, kwargs)
 
     def _exchange(self, method: str, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -148,24 +143,11 @@ class SupervisedEnv:
             connection.close()
         if process is None:
             return "was not running"
-        try:
-            # A worker that has crashed has closed its end already; a moment lets the kernel report how.
-            code = process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return "stopped answering"
-        return f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return end(process)
 
 
-def _work(handle: int, parent: int) -> None:
+def _work(connection: Connection) -> None:
     """The worker's life: answers (method, args, kwargs) until the other end closes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes this end
-    connection = Connection(handle)
     env: LiberoEnv | None = None
     while True:
         try:
@@ -174,7 +156,8 @@ def _work(handle: int, parent: int) -> None:
             break
         try:
             if method == "start":
-                env = LiberoEnv(*args)
+                factory, config = args
+                env = factory(config)
                 answer: tuple[str, Any] = ("value", None)
             else:
                 answer = ("value", getattr(env, method)(*args, **kwargs))

@@ -32,6 +32,8 @@ LEAVING = 0.10  # horizontal distance from the target within which things may ha
 SIDEWAYS, LEAST_LIFT = 0.05, 0.004  # how far to steer to the side, and up, from under them
 OVERHANG = 1.15  # times its size: what must be free above an object
 HULL_POINTS = 32
+SHOULDER = 0.333  # of the Panda above its base, and
+ARM = 1.0  # a little more than it reaches from there
 AT_REST = 0.02  # m/s and rad/s
 MOVED, TIPPED = 0.015, 0.3  # m and rad from where it was planned for, beyond which the object is planned for again
 
@@ -86,10 +88,15 @@ class PickPlaceExpert(Expert):
     def decide(self) -> np.ndarray:
         if self._plan is None or self._outdated(self._plan):
             self._plan = self._make_plan() or (self._plan and self._moved(self._plan))
-        if self._plan is None:
+        if self._plan is None or not self._within_reach():
             self.phase = "lost"
             return self._hand.action(np.zeros(3), np.zeros(3), False)
         return self._action(self._plan)
+
+    def _within_reach(self) -> bool:
+        """Whether the arm is long enough for where the object lies: not under the table, or across the room."""
+        shoulder = np.add(self._hand.base, (0.0, 0.0, SHOULDER))
+        return float(np.linalg.norm(self._hand.data.xpos[self._body] - shoulder)) < ARM
 
     def done(self) -> bool:
         return not self.holding() and self._at_goal() and self._clear()

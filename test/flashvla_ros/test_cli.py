@@ -15,7 +15,9 @@ from rosbags.highlevel import AnyReader
 
 from flashvla_ros.cli import parse_overrides
 from flashvla_ros.errors import ConfigurationError
+from flashvla_ros.paths import demo_episode
 
+REPLAY = ("--episode", demo_episode(), "--set", "sim_bridge.image_size=64")
 FLASHVLA = [sys.executable, "-m", "flashvla_ros.cli"]
 
 
@@ -37,7 +39,7 @@ def alive(pid: int) -> bool:
 
 
 def test_demo_ends_in_success_with_a_readable_bag_and_video(ros_environment, tmp_path):
-    result = run("demo", "--json", "--runs", tmp_path, "--set", "sim_bridge.image_size=64")
+    result = run("demo", "--json", "--runs", tmp_path, *REPLAY)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["outcome"] == "success"
@@ -62,13 +64,22 @@ def test_demo_ends_in_success_with_a_readable_bag_and_video(ros_environment, tmp
     assert len(np.load(folder / "trace.npz")["states"]) == steps + 1
 
 
+def test_the_shipped_policy_solves_a_task_from_its_cameras_through_ros(ros_environment, tmp_path):
+    result = run("demo", "--json", "--runs", tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["outcome"] == "success"
+    assert report["facts"]["renderer"] == "fast"
+    assert 20 < report["steps"] < 220
+
+
 def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
     import resource
 
     def limit_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
-    result = run("demo", "--runs", tmp_path, "--set", "sim_bridge.image_size=64", preexec_fn=limit_files)
+    result = run("demo", "--runs", tmp_path, *REPLAY, preexec_fn=limit_files)
     assert result.returncode == 1
     assert "File too large" in result.stdout.replace("\n", " ")
     assert "SUCCESS" in result.stdout  # the episode itself went on
@@ -78,6 +89,10 @@ def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
     ("arguments", "said"),
     [
         (["demo", "--episode", "/nowhere"], "/nowhere"),
+        (["demo", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["demo", "--task", "77"], "77"),
+        (["train", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["dagger", "/nowhere.yaml"], "/nowhere.yaml"),
         (["up", "moon"], "moon"),
         (["up", "libero", "--set", "x"], "'x'"),
         (["fly"], "fly"),
@@ -105,6 +120,8 @@ def test_help_of_every_command_is_there():
         ["bench", "model"],
         ["record"],
         ["serve"],
+        ["train"],
+        ["dagger"],
     ):
         result = run(*arguments, "--help")
         assert result.returncode == 0

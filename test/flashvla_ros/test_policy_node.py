@@ -239,7 +239,10 @@ def test_only_the_newest_of_many_images_is_answered_last(ros, nodes, third_party
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        ({"policy": "nope"}, "no policy is called 'nope'; installed: hold, mean, mini, other_frame, replay, wrong"),
+        (
+            {"policy": "nope"},
+            "no policy is called 'nope'; installed: blind, hold, mean, mini, misled, other_frame, replay, wrong",
+        ),
         ({"policy": "mean", "policy_options": '{"colour": 1}'}, "colour"),
         ({"policy": "mean", "policy_options": "{"}, "policy_options"),
         ({"policy": "other_frame"}, "frame 'tool0'"),

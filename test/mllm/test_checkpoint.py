@@ -137,7 +137,7 @@ def test_the_published_configuration_is_openvla_7b():
         ({"norm_stats": {"x": {"action": {"q01": [0.0], "q99": ["a"]}}}}, "'x': 'q99'"),
         ({"norm_stats": {"x": {"action": {"q01": [0.0], "q99": [1.0]}}}}, "1 numbers an action: it must be 7"),
         ({"norm_stats": {"x": {"action": {"q01": [1e999] * 7, "q99": [1.0] * 7}}}}, "must be finite"),
-        ({"flashvla": {"execute": "this"}}, "unknown parts: execute"),
+        ({"flashvla": {"run_this": "this"}}, "unknown parts: run_this"),
         ({"flashvla": {"towers": [{"name": "conv-vit", "image_size": 10**7}]}}, "image_size is 10000000"),
         ({"flashvla": {"towers": [{"wheels": 4}]}}, "does not describe a TowerConfig"),
         ({"flashvla": {"decoding": "magic"}}, "decoding is 'magic'"),

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mllm.config import DecoderConfig  # noqa: E402
-from mllm.decoder import Kept, KVCache, LanguageModel, rows_product  # noqa: E402
+from mllm.decoder import Kept, KVCache, LanguageModel  # noqa: E402
 from mllm.tensor_names import PARTS  # noqa: E402
 from mllm.torchvision_import import import_timm  # noqa: E402
 
@@ -290,17 +290,3 @@ def test_gradients_flow_through_every_parameter(models):
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     ours.zero_grad()
-
-
-@pytest.mark.parametrize("shape", [(256, 192), (1024, 64), (6, 40), (7, 5), (1, 3)])
-def test_a_product_of_one_row_is_that_of_many_to_rounding(shape):
-    weight, rows = torch.randn(shape), torch.randn(4, 1, shape[1])
-    together = rows @ weight.T
-    for row, expected in zip(rows, together, strict=True):
-        assert torch.allclose(rows_product(row[None], weight)[0], expected, rtol=1e-4, atol=1e-5)
-    # Rows cut from a larger table, as the action tokens' are, and weights that do not lie row by row.
-    table = torch.randn(3 * shape[0], shape[1])
-    part = table[shape[0] : 2 * shape[0]]
-    assert torch.allclose(rows_product(rows[:1], part), rows[:1] @ part.T, rtol=1e-4, atol=1e-5)
-    turned = torch.randn(shape[1], shape[0]).T
-    assert torch.allclose(rows_product(rows[:1], turned), rows[:1] @ turned.T, rtol=1e-4, atol=1e-5)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from mllm.actions import ActionStatistics  # noqa: E402
 from mllm.config import named_config  # noqa: E402
+from mllm.decoder import Kept  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.policy import Observation, Policy, check_action, make_policy  # noqa: E402
 from mllm.tokenizer import BEFORE_ACTION, LIBERO_WORDS, LlamaTokenizer, WordTokenizer, openvla_prompt  # noqa: E402
-from mllm.vla_policy import make_example, mini_policy  # noqa: E402
+from mllm.vla import VLA, init_random  # noqa: E402
+from mllm.vla_policy import VLAPolicy, make_example, mini_policy  # noqa: E402
 
 TASK = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return mini_policy(threads=2)
+    return mini_policy(seed=0, threads=2)
 
 
 def noise(seed):
@@ -31,7 +36,7 @@ def noise(seed):
 
 
 def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
-    policy = make_policy("mini")
+    policy = make_policy("mini", seed=0)
     assert isinstance(policy, Policy)
     policy.reset(TASK)
     step = policy.act(noise(0))
@@ -76,7 +81,7 @@ def test_an_answer_depends_on_nothing_that_came_before(policy):
 
 
 def test_acting_before_a_reset_is_an_error_and_warming_up_is_not():
-    policy = mini_policy()
+    policy = mini_policy(seed=0)
     policy.warm_up()
     with pytest.raises(PolicyError, match="call reset"):
         policy.act(make_example(policy.config))
@@ -89,9 +94,57 @@ def test_an_instruction_must_say_something(policy, instruction):
 
 
 def test_an_instruction_longer_than_the_model_is_an_error_that_says_what_to_do(policy):
-    policy.reset("go " * 600)
-    with pytest.raises(PolicyError, match="shorten the instruction"):
-        policy.act(noise(0))
+    policy.reset(TASK)
+    with pytest.raises(PolicyError, match="and 128 visual tokens: the model has room for 505; shorten"):
+        policy.reset("go " * 600)
+    policy.act(noise(0))  # the episode that could not begin has not ended this one
+
+
+def keep(policy, *kept, valid=None):
+    """A policy with the same weights whose decoder keeps these places of the prompt, one list a layer from the second
+    on; valid: of the last list.
+    """
+
+    def hook(state):
+        if state.layer > len(kept):
+            return None
+        index = torch.tensor([kept[state.layer - 1]])
+        return Kept(index, valid=None if valid is None or state.layer < len(kept) else torch.tensor([valid]))
+
+    return VLAPolicy(policy.model, policy.tokenizer, hook=hook)
+
+
+def test_an_answer_says_which_visual_tokens_the_decoder_kept(policy):
+    policy.reset(TASK)
+    assert policy.act(noise(0)).kept is None
+    # The prompt: its first token, 128 visual tokens at 1 to 128, and 17 words.
+    words = list(range(129, 146))
+    once = keep(policy, [0, 1, 5, 7, 128, *words])
+    once.reset(TASK)
+    kept = once.act(noise(0)).kept
+    assert kept.dtype == np.int64
+    assert kept.tolist() == [0, 4, 6, 127]
+    # A later choice counts what an earlier one left.
+    twice = keep(policy, [0, 1, 5, 7, 128, *words], [0, 2, 4, *range(5, 22)])
+    twice.reset(TASK)
+    assert twice.act(noise(0)).kept.tolist() == [4, 127]
+    # Rows that only fill up are not kept.
+    filled = keep(policy, [0, 3, 9, 9, *words], valid=[True, True, True, False, *[True] * 17])
+    filled.reset(TASK)
+    assert filled.act(noise(0)).kept.tolist() == [2, 8]
+
+
+def test_in_a_batch_every_sample_has_its_own_kept_tokens(policy):
+    def hook(state):
+        if state.layer != 2:
+            return None
+        rest = state.hidden.shape[1] - 129
+        first = torch.tensor([[0, 1, 2], [0, 8, 9]])
+        return Kept(torch.cat((first, torch.arange(129, 129 + rest).expand(2, -1)), 1))
+
+    batched = VLAPolicy(policy.model, policy.tokenizer, hook=hook)
+    steps = batched.act_batch([batched.begin(TASK), batched.begin("go there")], [noise(0), noise(1)])
+    assert [step.kept.tolist() for step in steps] == [[0, 1], [7, 8]]
 
 
 def test_a_checkpoint_of_the_mini_answers_as_the_mini_does(policy, tmp_path):
@@ -142,6 +195,19 @@ def test_the_lone_space_before_the_action_is_there_exactly_once(tmp_path, ends_w
         LlamaTokenizer(tmp_path / "tokenizer.json")
 
 
+def test_torchs_threads_wait_without_spinning_unless_the_environment_says_otherwise():
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE"):
+        environment = {**{k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}, **given}
+        result = subprocess.run(
+            [sys.executable, "-c", "import mllm.kernels"],
+            env={**environment, "OMP_DISPLAY_ENV": "TRUE"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"OMP_WAIT_POLICY = '{expected}'" in result.stderr
+
+
 def test_the_interface_is_imported_without_torch():
     code = (
         "import sys, mllm.policy, mllm.config, mllm.actions; "
@@ -149,3 +215,94 @@ def test_the_interface_is_imported_without_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    statistics = ActionStatistics((-1.0,) * 5, (1.0,) * 5)
+    config = replace(
+        named_config("mini"),
+        decoding="slots",
+        chunk=4,
+        execute=3,
+        head="regression",
+        proprio=("eef_pos", "gripper_qpos"),
+        proprio_statistics=statistics,
+        render={"renderer": "fast", "image_size": 128},
+    )
+    return VLAPolicy(init_random(VLA(config), 0), WordTokenizer())
+
+
+def with_proprio(seed):
+    generator = np.random.default_rng(seed)
+    proprio = {"eef_pos": generator.uniform(-1, 1, 3), "gripper_qpos": generator.uniform(-1, 1, 2)}
+    return replace(noise(seed), proprio=proprio)
+
+
+def test_a_chunk_is_carried_out_before_the_model_looks_again(chunked):
+    chunked.reset(TASK)
+    steps = [chunked.act(with_proprio(seed)) for seed in range(4)]
+    assert [step.flags["chunk_step"] for step in steps] == [0, 1, 2, 0]
+    assert [bool(step.timing) for step in steps] == [True, False, False, True]
+    texts = [chunked.tokenizer.prompt(TASK)]
+    observation = with_proprio(0)
+    pixels = torch.from_numpy(chunked.preprocess(observation.images))[None]
+    proprio = torch.from_numpy(np.concatenate(list(observation.proprio.values())))[None].float()
+    answer = chunked.decoder.generate(pixels, texts, proprio)[0].clamp(-1, 1)
+    np.testing.assert_allclose(np.stack([step.action for step in steps[:3]]), answer[:3].numpy(), atol=1e-6)
+
+
+def test_several_episodes_at_once_get_the_answers_that_each_gets_alone(chunked):
+    words = [TASK, "open the drawer", "pick up the milk"]
+    alone = []
+    for number, instruction in enumerate(words):
+        chunked.reset(instruction)
+        alone.append([chunked.act(with_proprio(10 * number + step)).action for step in range(5)])
+    episodes = [chunked.begin(instruction) for instruction in words]
+    chunked.act_batch(episodes[:1], [with_proprio(0)])  # the first is a step ahead, so that looks and chunks mix
+    together = [
+        [step.action for step in chunked.act_batch(episodes, [with_proprio(s + (i == 0) + 10 * i) for i in range(3)])]
+        for s in range(4)
+    ]
+    for number in range(3):
+        ahead = int(number == 0)
+        for step in range(4):
+            np.testing.assert_allclose(together[step][number], alone[number][step + ahead], atol=1e-5)
+
+
+def test_the_answer_depends_on_proprioception_which_must_be_there(chunked):
+    chunked.reset(TASK)
+    seen = with_proprio(0)
+    first = chunked.act(seen).action
+    chunked.reset(TASK)
+    assert not np.array_equal(chunked.act(replace(seen, proprio=with_proprio(1).proprio)).action, first)
+    chunked.reset(TASK)
+    with pytest.raises(PolicyError, match="lacks proprioception 'gripper_qpos'; it has eef_pos"):
+        chunked.act(replace(seen, proprio={"eef_pos": np.zeros(3)}))
+
+
+def test_a_chunked_checkpoint_says_all_that_it_was_trained_with(chunked, tmp_path):
+    from mllm.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path, chunked.model, chunked.tokenizer)
+    loaded = make_policy("mini", checkpoint=str(tmp_path))
+    assert loaded.config == chunked.config
+    assert loaded.render == {"renderer": "fast", "image_size": 128}
+    for each in (chunked, loaded):
+        each.reset(TASK)
+    assert np.array_equal(loaded.act(with_proprio(2)).action, chunked.act(with_proprio(2)).action)
+    with pytest.raises(PolicyError, match="execute is 9: it must be from 1 to the model's chunk of 4"):
+        make_policy("mini", checkpoint=str(tmp_path), execute=9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "regression", "decoding": "full"}, "it must be 'slots'"),
+        ({"decoding": "slots", "chunk": 4, "execute": 5}, "execute is 5"),
+        ({"proprio": ("eef_pos",)}, "one needs the other"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(change, message):
+    with pytest.raises(PolicyError, match=message):
+        replace(named_config("mini"), **change)

@@ -73,8 +73,12 @@ def test_a_hung_worker_is_killed_and_named_in_the_error(env: SupervisedEnv) -> N
     env.reset()
     pid = env.worker_pid
     assert pid is not None
-    env._call_limit = 0.5
-    hung = rollout(env, ActingPolicy(lambda: os.kill(pid, signal.SIGSTOP)))
+
+    def stop() -> None:
+        env._call_limit = 0.5  # from here on: the reset takes as long as a busy machine lets it
+        os.kill(pid, signal.SIGSTOP)
+
+    hung = rollout(env, ActingPolicy(stop))
     assert hung.outcome == "error"
     assert "did not answer step() within 0.5 s" in str(hung.error)
     assert env.worker_pid is None

@@ -1,0 +1,91 @@
+"""Does a policy use what it is shown? The same policy without sight, or told something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mllm.policy import ActionStep, BatchedPolicy, Observation, make_policy
+from sim.batching import is_batched
+from sim.errors import ConfigurationError
+from sim.tasks import SUITES, TaskSpec, suite_tasks
+
+
+class Ablated:
+    """`policy` with something taken away. A subclass says what."""
+
+    def __init__(self, policy: str = "mini", options: Mapping[str, Any] | None = None) -> None:
+        made = make_policy(policy, **dict(options or {}))
+        if not is_batched(made):
+            raise ConfigurationError(f"policy '{policy}' has no begin and act_batch: nothing can be taken from it here")
+        self._policy: BatchedPolicy = made  # type: ignore[assignment]
+        self.action_spec = made.action_spec
+        self.render = dict(getattr(made, "render", None) or {})
+        self._episode: Any = None
+
+    def told(self, instruction: str) -> str:
+        return instruction
+
+    def shown(self, observation: Observation) -> Observation:
+        return observation
+
+    def begin(self, instruction: str) -> Any:
+        return self._policy.begin(self.told(instruction))
+
+    def act_batch(self, episodes: Sequence[Any], observations: Sequence[Observation]) -> list[ActionStep]:
+        return self._policy.act_batch(episodes, [self.shown(observation) for observation in observations])
+
+    def reset(self, instruction: str) -> None:
+        self._episode = self.begin(instruction)
+
+    def act(self, observation: Observation) -> ActionStep:
+        return self.act_batch([self._episode], [observation])[0]
+
+
+class Blind(Ablated):
+    """Sees grey images; proprioception stays."""
+
+    def shown(self, observation: Observation) -> Observation:
+        return replace(
+            observation, images={name: np.full_like(image, 127) for name, image in observation.images.items()}
+        )
+
+
+class Misled(Ablated):
+    """Is given the instruction of another task of the same suite, one that its scene allows."""
+
+    def told(self, instruction: str) -> str:
+        return other_task(find_language(instruction)).language
+
+
+def find_language(instruction: str) -> TaskSpec:
+    """The first task with that instruction. Raises ConfigurationError: there is none."""
+    for suite in SUITES:
+        for task in suite_tasks(suite):
+            if task.language == instruction:
+                return task
+    raise ConfigurationError(f"no task of LIBERO has the instruction {instruction!r}")
+
+
+def other_task(task: TaskSpec) -> TaskSpec:
+    """The next task of the suite; of libero_object, the next whose object lies in the scene of `task` too.
+
+    Its scenes hold the objects of several tasks, so that both instructions can be followed there.
+    """
+    tasks = suite_tasks(task.suite)
+    following = [tasks[(task.index + step) % len(tasks)] for step in range(1, len(tasks))]
+    if task.suite != "libero_object":
+        return following[0]
+    scene = task.bddl_file.read_text(encoding="utf-8")
+    there = [other for other in following if f"{item_of(other)}_1" in scene]
+    if not there:
+        raise ConfigurationError(f"the scene of {task.language!r} holds no object of another task")
+    return there[0]
+
+
+def item_of(task: TaskSpec) -> str:
+    """The object of a task of libero_object, as its scenes name it: "pick up the milk and place ..." is about milk."""
+    return task.language.removeprefix("pick up the ").partition(" and place")[0].replace(" ", "_")

@@ -1,0 +1,102 @@
+"""A checkpoint's card: how it was trained, and how often it succeeds, from the files that say so."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm.hf_config import load_config
+from mllm.training.ship import CURVES, read_history
+from sim.errors import ConfigurationError
+from sim.results import EpisodeResult, RunFile
+from sim.statistics import wilson
+
+# What of a result's provenance a reader needs to get the same.
+SHOWN = ("git_commit", "mujoco", "robosuite", "libero", "torch", "numpy", "python", "cpu", "renderer", "stepper")
+
+
+def write_card(checkpoint: Path, results: Sequence[Path], ablations: Mapping[str, Path]) -> Path:
+    """Writes README.md into the checkpoint's folder and returns its path.
+
+    results: runs of `flashvla eval` with this checkpoint.  ablations: what was taken away -> such a run.
+    Raises ConfigurationError: a run is empty.
+    """
+    config = load_config(checkpoint)
+    runs = read_history(checkpoint)
+    played = [(path.stem, episodes(path)) for path in results]
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    lines = [
+        f"# {checkpoint.name}",
+        "",
+        f"A vision-language-action policy of OpenVLA's architecture for LIBERO's Panda: {weights / 1e6:.1f} MB of "
+        f"weights, cameras {', '.join(config.cameras)} at {config.image_size} pixels, "
+        f"decoding '{config.decoding}' with head '{config.head}', {config.execute} of {config.chunk} actions carried "
+        "out before it looks again.",
+        "",
+        "## Success in closed loop",
+        "",
+        "Official initial states that neither training nor the choice of a checkpoint has seen, under OpenVLA's "
+        "protocol. Intervals are Wilson's, at 95 %.",
+        "",
+        *[line for _, found in played for line in success_table(found)],
+    ]
+    if ablations:
+        lines += ["## What it depends on", "", "| taken away | n | success | 95 % |", "|---|---|---|---|"]
+        for name, path in ablations.items():
+            found = episodes(path)
+            for suite in sorted({episode.key.suite for episode in found}):
+                own = [episode for episode in found if episode.key.suite == suite]
+                lines.append(f"| {name}, {suite} | {row(own)} |")
+        lines.append("")
+    lines += ["## Training", ""]
+    for run in runs:
+        lines += run_lines(run)
+    if (checkpoint / CURVES).is_file():
+        lines += [f"![curves of the last run]({CURVES})", ""]
+    facts = played[0][1][0].provenance
+    lines += ["## Made with", "", *(f"- {name}: {facts[name]}" for name in SHOWN if facts.get(name)), ""]
+    path = checkpoint / "README.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def episodes(path: Path) -> list[EpisodeResult]:
+    with RunFile(path) as run:
+        found = list(run.episodes())
+    if not found:
+        raise ConfigurationError(f"{path} holds no episode: evaluate first")
+    return found
+
+
+def success_table(found: Sequence[EpisodeResult]) -> list[str]:
+    """A Markdown table of one run, a row a task."""
+    tasks: dict[tuple[str, int, str], list[EpisodeResult]] = defaultdict(list)
+    for episode in found:
+        tasks[(episode.key.suite, episode.key.task, episode.language)].append(episode)
+    lines = ["| task | n | success | 95 % |", "|---|---|---|---|"]
+    lines += [f"| {suite} {task}: {words} | {row(own)} |" for (suite, task, words), own in sorted(tasks.items())]
+    for suite in sorted({suite for suite, _, _ in tasks}):
+        lines.append(f"| **{suite}** | {row([episode for episode in found if episode.key.suite == suite])} |")
+    return [*lines, f"| **all** | {row(found)} |", ""]
+
+
+def row(found: Sequence[EpisodeResult]) -> str:
+    """n, success and interval; errors say nothing about the policy and are counted apart."""
+    counted = [episode for episode in found if episode.outcome != "error"]
+    wins = sum(episode.outcome == "success" for episode in counted)
+    low, high = wilson(wins, len(counted)) if counted else (0.0, 1.0)
+    errors = len(found) - len(counted)
+    rate = f"{100 * wins / len(counted):.1f} %" if counted else "-"
+    return f"{len(counted)}{f' (+{errors} errors)' if errors else ''} | {rate} | {100 * low:.0f} - {100 * high:.0f} %"
+
+
+def run_lines(run: Mapping[str, Any]) -> list[str]:
+    learned = ", ".join(
+        f"{item['episodes']} episodes of {item['suite']} ({item['source']})" for item in run["demonstrations"]
+    )
+    started = f" from the weights of `{run['init']}`" if run["init"] else ""
+    keys = ("batch", "seed", "muon_rate", "adamw_rate", "final_rate", "ema", "precision", "change", "phase_weights")
+    settings = ", ".join(f"{key} {run[key]}" for key in keys if run.get(key) not in (None, "", {}))
+    return [f"- `{run['name']}`: {run['step']} steps{started}, on {learned}; {settings}", ""]

@@ -1,0 +1,87 @@
+"""One episode in which somebody acts and the expert says, in every state, what it would have done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mllm.demonstrations import LOST, WIDTHS, Demonstration
+from sim.env import LiberoEnv
+from sim.executor import Executor
+from sim.expert import make_expert
+from sim.tasks import SUITES
+from sim.world import CONTROL_FREQ
+
+# Steps in a row in which the expert knows of nothing to do, after which there is nothing more to learn; our choice.
+LOST_LIMIT = 20
+
+
+def demonstrate(env: LiberoEnv, executor: Executor, seed: int) -> Demonstration:
+    """An episode from a reset that `seed` samples: `executor` acts, the expert labels.
+
+    It follows from its arguments alone: the executor draws from a generator of this seed and task.
+    Raises what the expert, the executor or the environment raises.
+    """
+    task = env.task
+    observation, _ = env.reset(seed=seed, options={"init_state": "sampled"})
+    expert = make_expert(env)
+    expert.reset(task.language)
+    executor.reset(task.language, np.random.default_rng([seed, SUITES.index(task.suite), task.index]))
+    images: dict[str, list[np.ndarray]] = {name: [] for name in env.config.cameras}
+    proprio: dict[str, list[np.ndarray]] = {name: [] for name in WIDTHS}
+    labels, executed, states, targets, phases = [], [], [], [], []  # type: ignore[var-annotated]
+    done = success = False
+    while not done:
+        seen = env.observation_for_policy(observation)
+        labels.append(np.asarray(expert.act(seen).action, np.float64))
+        executed.append(np.asarray(executor.executed(labels[-1], seen, len(phases)), np.float64))
+        states.append(env.state())
+        targets.append(expert.targets)
+        phases.append(expert.phase)
+        for name, frames in images.items():
+            frames.append(seen.images[name])
+        for name, values in proprio.items():
+            values.append(seen.proprio[name])
+        observation, _, success, truncated, _ = env.step(executed[-1])
+        done = success or truncated or phases[-LOST_LIMIT:] == [LOST] * LOST_LIMIT
+    names = tuple(dict.fromkeys(phases))
+    return Demonstration(
+        images={name: np.stack(frames) for name, frames in images.items()},
+        proprio={name: np.array(values) for name, values in proprio.items()},
+        actions=np.array(labels),
+        executed=np.array(executed),
+        states=np.array(states),
+        targets=np.array(targets, np.float32),
+        phases=np.array([names.index(phase) for phase in phases], np.int8),
+        phase_names=names,
+        instruction=task.language,
+        suite=task.suite,
+        task=task.index,
+        seed=seed,
+        outcome="success" if success else "failure",
+        source=executor.source,
+        env_args=_env_args(env),
+        provenance=env.provenance(),
+    )
+
+
+def _env_args(env: LiberoEnv) -> dict[str, Any]:
+    """What robomimic makes the environment from, as LIBERO writes it."""
+    problem = env.privileged().domain.parsed_problem["problem_name"]
+    bddl = f"{env.task.bddl_file.parent.name}/{env.task.bddl_file.name}"
+    size = env.config.image_size
+    return {
+        "type": 1,
+        "env_name": problem,
+        "problem_name": problem,
+        "bddl_file": bddl,
+        "env_kwargs": {
+            "robots": ["Panda"],
+            "camera_names": list(env.config.cameras),
+            "camera_heights": size,
+            "camera_widths": size,
+            "control_freq": CONTROL_FREQ,
+            "bddl_file_name": bddl,
+        },
+    }

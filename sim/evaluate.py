@@ -1,0 +1,269 @@
+"""Plays many episodes of a policy: environments in processes of their own, the policy in this one.
+
+Each worker is a thread with one environment process. A policy with `begin` and `act_batch` is shared: the thread that
+calls `evaluate` answers the observations of all workers in batches. Any other policy is made once for each worker. The
+scripted expert runs beside its environment. Results are stored by the calling thread, one transaction an episode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from mllm.policy import BatchedPolicy, Policy, make_policy
+from sim.batching import SharedPolicy, is_batched
+from sim.crew import Crew
+from sim.env import EnvConfig, LiberoEnv
+from sim.errors import ConfigurationError
+from sim.expert_env import ExpertEnv, RemoteExpert
+from sim.ledger import Ledger, Progress
+from sim.results import EpisodeKey, EpisodeResult, summarise_flags
+from sim.rollout import Environment, rollout
+from sim.schedule import make_blocks
+from sim.step_log import StepLog, encode_video
+from sim.supervisor import SupervisedEnv
+from sim.versions import package_versions
+from sim.world import select_gl
+
+EXPERT = "expert"
+EXECUTORS = ("process", "ray")
+RENDERING = ("renderer", "image_size", "cameras")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What an episode of this run means. Stored with the run; one that differs is refused when the run goes on.
+
+    policy: name of an installed policy, or "expert".  options: keyword arguments of the policy's constructor.
+    renderer, image_size, cameras: None is what the policy's attribute `render` says, else `EnvConfig`'s default; the
+    expert, which is blind, gets no camera.
+    stepper, settle_steps, step_limit, gl: see `EnvConfig`, whose defaults are OpenVLA's protocol.
+    """
+
+    policy: str = "mini"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    renderer: str | None = None
+    image_size: int | None = None
+    cameras: tuple[str, ...] | None = None
+    stepper: str = "fast"
+    settle_steps: int = 10
+    step_limit: int | None = None
+    gl: str | None = None
+
+    def env(self, policy: Policy | None) -> EnvConfig:
+        """How environments are built (suite and task aside). Warns where that is not what `policy` asks for."""
+        asked: Mapping[str, Any] = dict(getattr(policy, "render", None) or {})
+        if policy is None:
+            asked = {"cameras": (), "renderer": "fast"}
+        if unknown := set(asked) - set(RENDERING):
+            raise ConfigurationError(
+                f"policy '{self.policy}' asks for rendering with {unknown.pop()!r}: known are {', '.join(RENDERING)}"
+            )
+        wanted = {name: getattr(self, name) for name in RENDERING if getattr(self, name) is not None}
+        for name, value in wanted.items():
+            if policy is not None and name in asked and _plain(asked[name]) != _plain(value):
+                warnings.warn(
+                    f"policy '{self.policy}' was made for {name} {asked[name]!r} and is evaluated with {value!r}: "
+                    "its success may suffer",
+                    stacklevel=3,
+                )
+        rest = {name: getattr(self, name) for name in ("stepper", "settle_steps", "step_limit")}
+        return EnvConfig(**{**asked, **wanted, **rest, "gl": select_gl(self.gl)})
+
+    def facts(self, env: EnvConfig, policy: Policy | None) -> dict[str, Any]:
+        """The configuration as it is stored: what two results must share to be results of the same thing."""
+        known = dataclasses.asdict(env)
+        for name in ("suite", "task", "seed"):  # part of every episode's key
+            del known[name]
+        versions = package_versions()
+        return {
+            "policy": {"name": self.policy, "options": dict(self.options), **_policy_facts(policy)},
+            "env": known,
+            "versions": {name: versions[name] for name in ("mujoco", "robosuite", "libero")},
+        }
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How episodes are played; none of it changes what they mean, only how fast they pass and what is kept.
+
+    workers: environments at once, each a process.  executor: "process" (this machine) or "ray" (a Ray cluster).
+    max_batch: observations that a shared policy answers in one call at most. With 1, latency is that of one robot, and
+        the same command gives the same actions; a larger batch is faster on a GPU, but its size, which depends on who
+        happens to wait, changes the last bits of the numbers.
+    in_a_row: episodes of one task that a worker plays before it builds the next task's environment.
+    record_failures: keep a video of every failure and error of a policy with cameras.
+    retry_errors: play episodes again that the run has as errors.
+    error_limit: errors in a row, over all workers, after which the evaluation stops.
+    start_limit, call_limit: see `sim.supervisor.SupervisedEnv`.
+    """
+
+    workers: int = 2
+    executor: str = "process"
+    max_batch: int = 1
+    in_a_row: int = 5
+    record_failures: bool = False
+    retry_errors: bool = False
+    error_limit: int = 20
+    start_limit: float = 180.0
+    call_limit: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_batch", "in_a_row", "error_limit"):
+            if not (isinstance(value := getattr(self, name), int) and 1 <= value <= 4096):
+                raise ConfigurationError(f"{name} is {value!r}: it must be an integer from 1 to 4096")
+        if self.executor not in EXECUTORS:
+            raise ConfigurationError(f"executor is {self.executor!r}: choose one of {', '.join(EXECUTORS)}")
+
+
+class WorkerEnv(Environment, Protocol):
+    """An environment in a process of its own."""
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class RolloutPlayer:
+    """Plays in-process rollouts, in an environment that is kept for as long as the task stays the same.
+
+    make_env: a task's environment, in a process of its own.  make_agent: the policy that acts in it.
+    facts: what is added to every result's provenance.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[EpisodeKey], WorkerEnv],
+        make_agent: Callable[[WorkerEnv], Policy],
+        facts: Mapping[str, str],
+        record_failures: bool = False,
+    ) -> None:
+        self._make_env, self._make_agent = make_env, make_agent
+        self._facts, self._record = dict(facts), record_failures
+        self._env: WorkerEnv | None = None
+        self._agent: Policy | None = None
+
+    def play(self, key: EpisodeKey) -> EpisodeResult:
+        env = self._environment(key)
+        if self._agent is None:
+            self._agent = self._make_agent(env)
+        log = StepLog(self._agent, frames=self._record)
+        started = now()
+        episode = rollout(env, log, key.init_state, key.seed)
+        timing = log.stages(episode.steps)
+        stages = {**episode.timing, **timing}
+        if "queue" in timing:  # the policy's own time, without waiting for others
+            stages["policy"] = episode.timing["policy"] - np.nan_to_num(timing["queue"])
+        return EpisodeResult(
+            key=key,
+            language=episode.language,
+            outcome=episode.outcome,
+            steps=episode.steps,
+            started=started,
+            finished=now(),
+            actions=episode.actions,
+            timing=stages,
+            flags=summarise_flags(log.flags[: episode.steps]),
+            provenance={**self._facts, **episode.provenance},
+            error=episode.error,
+            video=encode_video(log.frames) if log.frames and episode.outcome != "success" else None,
+        )
+
+    def _environment(self, key: EpisodeKey) -> WorkerEnv:
+        if self._env is None or (self._env.task.suite, self._env.task.index) != (key.suite, key.task):
+            self.close()
+            self._env = self._make_env(key)
+        return self._env
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env = self._agent = None
+
+
+def now() -> str:
+    """The time as it is stored: ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def circumstances(workers: int, max_batch: int, executor: str) -> dict[str, str]:
+    """What latency may depend on beside what an environment's provenance says."""
+    facts = {"workers": str(workers), "max_batch": str(max_batch), "executor": executor}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        facts["torch"] = importlib.metadata.version("torch")
+    return facts
+
+
+def evaluate(
+    path: Path | str,
+    config: EvalConfig,
+    keys: Sequence[EpisodeKey],
+    execution: Execution | None = None,
+    policy: Policy | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Progress:
+    """Plays those of `keys` that the run at `path` lacks, and stores each as it ends.
+
+    policy: the one to use; None makes the one that `config` names.
+    on_progress: called at the start and after every episode.
+    Raises ConfigurationError, PolicyError: it cannot be played as asked, or the run has another configuration.
+    Raises SimError: too many errors in a row.  Raises ResultError: the file cannot be written.
+    Whatever ends it, finished episodes are in the file, and the same call goes on from there.
+    """
+    execution = execution or Execution()
+    expert = config.policy == EXPERT and policy is None
+    first = policy if policy is not None or expert else make_policy(config.policy, **config.options)
+    env = config.env(first)
+    record = execution.record_failures and bool(env.cameras)
+    facts = circumstances(execution.workers, execution.max_batch, execution.executor)
+    with Ledger(
+        path, config.facts(env, first), keys, execution.retry_errors, execution.error_limit, on_progress
+    ) as ledger:
+        shared = cast(BatchedPolicy, first) if is_batched(first) else None
+        crew = Crew(ledger.store, shared, execution.max_batch)
+
+        def make_env(key: EpisodeKey) -> WorkerEnv:
+            task = dataclasses.replace(env, suite=key.suite, task=key.task)
+            factory: Callable[[EnvConfig], LiberoEnv] = ExpertEnv if expert else LiberoEnv
+            return _env_class(execution.executor)(task, execution.start_limit, execution.call_limit, factory)
+
+        def make_player(number: int) -> RolloutPlayer:
+            if expert:
+                return RolloutPlayer(make_env, RemoteExpert, facts)
+            if shared is not None:
+                return RolloutPlayer(make_env, lambda _: SharedPolicy(shared, crew.post), facts, record)
+            own = first if number == 0 else make_policy(config.policy, **config.options)
+            return RolloutPlayer(make_env, lambda _: cast(Policy, own), facts, record)
+
+        # A policy that was given, and answers one episode at a time, exists once.
+        workers = 1 if policy is not None and shared is None else execution.workers
+        blocks = make_blocks(ledger.missing, execution.in_a_row, workers)
+        crew.play(blocks, [make_player(number) for number in range(min(workers, len(blocks)))])
+        return ledger.progress
+
+
+def _env_class(executor: str) -> Callable[..., WorkerEnv]:
+    if executor == "ray":
+        from sim.ray_env import RayEnv
+
+        return RayEnv
+    return SupervisedEnv
+
+
+def _policy_facts(policy: Policy | None) -> dict[str, Any]:
+    """What a policy says about itself in its optional attribute `provenance` (a checkpoint's digest)."""
+    facts = dict(getattr(policy, "provenance", None) or {})
+    return {"provenance": {str(name): str(value) for name, value in facts.items()}} if facts else {}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,133 @@
+"""The pictures of a report, as SVG that takes the page's own colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sim.results import EpisodeResult
+
+# Drawn in these, then replaced by what the page calls them, so that one picture suits light and dark.
+_COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--good)",
+            "#010207": "var(--bad)", "#010208": "var(--mark)"}  # fmt: skip
+INK, SOFT, LINE, GOOD, BAD, MARK = _COLOURS
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flashvla",  # the same run gives the same page
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant in the picture of success against latency. interval: of the rate.  latency: mean ms a step."""
+
+    name: str
+    rate: float
+    interval: tuple[float, float]
+    latency: float
+
+
+def _svg(draw: Any, width: float = 5.4, height: float = 3.0) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]  # without the XML prologue and its address of a document type
+    for drawn, wanted in _COLOURS.items():
+        text = text.replace(drawn, wanted)
+    return text
+
+
+def steps_plot(episodes: Sequence[EpisodeResult]) -> str:
+    """How long successes take, and where failures end."""
+    steps = {outcome: [e.steps for e in episodes if e.outcome == outcome] for outcome in ("success", "failure")}
+
+    def draw(axes: Any) -> None:
+        highest = max((max(values) for values in steps.values() if values), default=1)
+        bins = np.linspace(0, highest, 31)
+        shown = [(outcome, values) for outcome, values in steps.items() if values]
+        axes.hist(
+            [values for _, values in shown],
+            bins=bins,
+            stacked=True,
+            color=[{"success": GOOD, "failure": BAD}[outcome] for outcome, _ in shown],
+            label=[outcome for outcome, _ in shown],
+        )
+        axes.set(xlabel="control steps", ylabel="episodes")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+        if shown:
+            axes.legend()
+
+    return _svg(draw)
+
+
+def latency_plot(stages: Mapping[str, np.ndarray]) -> str:
+    """Which share of the steps took at most how long, for each stage; stages: name -> s of all steps, no NaN."""
+    import matplotlib
+
+    def draw(axes: Any) -> None:
+        colours = [MARK, GOOD, BAD, SOFT, INK]
+        for number, (stage, seconds) in enumerate(stages.items()):
+            # 512 points look like all of them, in a page that stays small.
+            shares = np.linspace(0, 1, 512)
+            axes.plot(
+                np.quantile(seconds, shares) * 1e3,
+                shares * 100,
+                label=stage,
+                color=colours[number % len(colours)],
+                linestyle=("-", "--", ":")[number // len(colours) % 3],
+                linewidth=1.6,
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.set(xlabel="milliseconds", ylabel="steps, %", ylim=(0, 101))
+        # Waiting can be as short as it likes; below a hundredth of a millisecond nothing is of interest.
+        axes.set_xlim(left=max(axes.get_xlim()[0], 0.01))
+        axes.grid(axis="both")
+        axes.legend(fontsize=9)
+
+    return _svg(draw)
+
+
+def variants_plot(points: Sequence[Point]) -> str:
+    """Success against mean latency, one point a variant."""
+
+    def draw(axes: Any) -> None:
+        for number, point in enumerate(sorted(points, key=lambda point: point.latency)):
+            low, high = point.interval
+            axes.plot([point.latency] * 2, [100 * low, 100 * high], color=SOFT, linewidth=1.2)
+            axes.plot([point.latency], [100 * point.rate], "o", color=MARK)
+            axes.annotate(
+                point.name,
+                (point.latency, 100 * point.rate),
+                xytext=(7, 4 if number % 2 else -10),  # neighbours are often close
+                textcoords="offset points",
+                fontsize=9,
+            )
+        axes.set(xlabel="policy, mean ms a step", ylabel="success, %")
+        axes.grid(axis="both")
+        axes.margins(x=0.2, y=0.1)
+
+    return _svg(draw, width=7.0, height=3.6)

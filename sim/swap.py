@@ -1,0 +1,72 @@
+"""Where does a policy go when it is told something else? One scene, two instructions, and what it lifts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mllm.policy import Policy
+from sim.ablation import item_of, other_task
+from sim.env import EnvConfig, LiberoEnv
+
+SUITE = "libero_object"  # its scenes hold the objects of several of its tasks
+CARRIED = 0.05  # m above where it lay; our choice
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One episode. told: the object of the instruction.  usual: the one that the scene's own task is about.
+
+    carried: names of the objects that were lifted, in the order in which they were.
+    """
+
+    task: int
+    init_state: int
+    told: str
+    usual: str
+    carried: tuple[str, ...]
+
+    @property
+    def went(self) -> str:
+        """To which object it went first: "told", "usual", "another" or "none"."""
+        if not self.carried:
+            return "none"
+        return {self.told: "told", self.usual: "usual"}.get(self.carried[0], "another")
+
+
+def play_swaps(policy: Policy, tasks: Sequence[int], states: Sequence[int]) -> Iterator[Swap]:
+    """Every initial state of every task of libero_object, under the instruction of `sim.ablation.other_task`.
+
+    The policy is shown what its attribute `render` asks for. An episode ends when an object has been lifted, or at the
+    suite's step limit.
+    """
+    render = {"cameras": ("agentview", "robot0_eye_in_hand"), **(getattr(policy, "render", None) or {})}
+    for number in tasks:
+        env = LiberoEnv(EnvConfig(SUITE, number, **render))
+        try:
+            other = other_task(env.task)
+            for state in states:
+                carried = lifted(env, policy, other.language, state)
+                yield Swap(number, state, f"{item_of(other)}_1", f"{item_of(env.task)}_1", carried)
+        finally:
+            env.close()
+
+
+def lifted(env: LiberoEnv, policy: Policy, instruction: str, state: int) -> tuple[str, ...]:
+    """Plays until something is lifted by `CARRIED`; returns what is. Several only where they rise in the same step."""
+    observation, _ = env.reset(options={"init_state": state})
+    world = env.privileged()
+    movable = {name: body for name, body in world.body_ids.items() if world.model.body_dofnum[body] == 6}
+    lay = {name: world.data.xpos[body][2] for name, body in movable.items()}
+    policy.reset(instruction)
+    ended = False
+    while not ended:
+        action = np.asarray(policy.act(env.observation_for_policy(observation)).action)
+        observation, _, success, truncated, _ = env.step(action)
+        up = tuple(name for name, body in movable.items() if world.data.xpos[body][2] > lay[name] + CARRIED)
+        if up:
+            return up
+        ended = success or truncated
+    return ()

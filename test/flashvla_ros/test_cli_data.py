@@ -1,0 +1,50 @@
+"""`flashvla collect` and `flashvla export`: what is asked for wrongly is said before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flashvla_ros.cli import main
+from flashvla_ros.cli_data import parse_tasks
+from flashvla_ros.errors import ConfigurationError
+from mllm.demonstrations import write_demonstration
+
+
+@pytest.mark.parametrize(("text", "tasks"), [("all", ()), ("3", (3,)), ("0,3,7", (0, 3, 7))])
+def test_tasks_are_all_or_indices(text, tasks):
+    assert parse_tasks(text) == tasks
+
+
+def test_tasks_that_are_no_numbers_are_refused():
+    with pytest.raises(ConfigurationError, match="'0-3'"):
+        parse_tasks("0-3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "12"], "no task 12"),
+        (["--images", "png"], "'png'"),
+        (["--workers", "0"], "workers is 0"),
+        (["--policy", "hold", "--policy-options", "[1]"], "--policy-options"),
+        (["--policy", "hold", "--beta", "2"], "beta is 2"),
+    ],
+)
+def test_a_collection_that_cannot_be_is_wrong_usage_and_writes_nothing(arguments, message, tmp_path, capsys):
+    assert main(["collect", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_writes_a_dataset_and_says_how_much(make_demonstration, tmp_path, capsys):
+    write_demonstration(tmp_path / "seed_00000000.hdf5", make_demonstration(phase_names=("a", "b", "c")))
+    assert main(["export", str(tmp_path), str(tmp_path / "out"), "--format", "lerobot"]) == 0
+    assert "1 episodes, 5 frames" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/meta/info.json").read_text())["total_frames"] == 5
+
+
+def test_export_of_nothing_is_wrong_usage(tmp_path, capsys):
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "no demonstration" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""A card says what the files say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from mllm.checkpoint import write_json
+from sim.card import write_card
+from sim.errors import ConfigurationError
+from sim.results import EpisodeKey, EpisodeResult, RunFile
+from sim.statistics import wilson
+
+
+def run_of(path, outcomes):
+    with RunFile(path, write=True) as run:
+        run.configure("", {"policy": {"name": "mini"}})
+        for state, outcome in enumerate(outcomes):
+            run.add(
+                EpisodeResult(
+                    key=EpisodeKey("libero_spatial", state % 2, state, 0),
+                    language="put the bowl somewhere",
+                    outcome=outcome,
+                    steps=3,
+                    started="2020-01-01T00:00:00+00:00",
+                    finished="2020-01-01T00:00:01+00:00",
+                    actions=np.zeros((3, 7), np.float32),
+                    timing={"policy": np.full(3, 0.01)},
+                    provenance={"mujoco": "3.3.2", "git_commit": "abc"},
+                    error="a traceback" if outcome == "error" else None,
+                )
+            )
+    return path
+
+
+def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
+    write_json(
+        tiny / "training.json",
+        {
+            "runs": [
+                {
+                    "name": "run",
+                    "init": "",
+                    "step": 7,
+                    "demonstrations": [{"suite": "libero_spatial", "source": "expert", "episodes": 540}],
+                    "batch": 16,
+                    "seed": 0,
+                }
+            ]
+        },
+    )
+    results = run_of(tmp_path / "main.sqlite", ["success", "success", "failure", "success", "error", "success"])
+    blind = run_of(tmp_path / "blind.sqlite", ["failure"] * 4)
+    text = write_card(tiny, [results], {"sight": blind}).read_text()
+    low, high = (round(100 * bound) for bound in wilson(4, 5))
+    assert f"| **all** | 5 (+1 errors) | 80.0 % | {low} - {high} % |" in text
+    assert "| **libero_spatial** | 5 (+1 errors) | 80.0 %" in text
+    assert "| libero_spatial 0: put the bowl somewhere | 2 (+1 errors) | 50.0 %" in text
+    assert "| sight, libero_spatial | 4 | 0.0 %" in text
+    assert "`run`: 7 steps, on 540 episodes of libero_spatial (expert)" in text
+    assert "- mujoco: 3.3.2" in text
+
+
+def test_a_card_without_episodes_is_refused(tiny, tmp_path):
+    with pytest.raises(ConfigurationError, match="holds no episode"):
+        write_card(tiny, [run_of(tmp_path / "empty.sqlite", [])], {})

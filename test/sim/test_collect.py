@@ -1,0 +1,50 @@
+"""The command as a whole: stopped by force in the middle, it goes on and ends with the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from mllm.demonstrations import demonstration_files, read_demonstration
+from sim.collect import CollectConfig, collect
+
+CONFIG = CollectConfig(suite="libero_object", tasks=(0,), episodes=3, seed=70, image_size=32, images="webp", turn=2)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in demonstration_files(root)}
+
+
+def test_a_collection_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    end = collect(CONFIG, whole, workers=1)
+    assert (end.total, end.before, end.done, end.successes, end.errors) == (3, 0, 3, 3, 0)
+    assert end.frames == sum(len(read_demonstration(path).actions) for path in demonstration_files(whole))
+
+    code = f"""
+from pathlib import Path
+from sim.collect import CollectConfig, collect
+collect({CONFIG!r}, Path({str(killed)!r}), 1, lambda state: print(state.done, flush=True))
+"""
+    code = "from sim.collect import *; from sim.executor import Noise\n" + code
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        assert process.stdout.readline() == "1\n"
+        process.send_signal(signal.SIGKILL)
+    assert len(contents(killed)) >= 1
+
+    states = []
+    end = collect(CONFIG, killed, workers=1, progress=states.append)
+    assert end.before == states[0].done >= 1
+    assert end.done == 3
+    assert contents(killed) == contents(whole)
+    for root in (whole, killed):
+        task = json.loads((root / "libero_object" / "manifest.json").read_text())["tasks"]["0"]
+        assert (task["demonstrations"], task["failures"], task["errors"]) == (3, {}, {})
+    assert collect(CONFIG, killed).before == 3

@@ -1,0 +1,47 @@
+"""A round of DAgger in the real simulator, with a model that knows nothing yet."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+
+from mllm.demonstrations import read_demonstration
+from mllm.hf_config import load_config
+from mllm.training.config import TrainConfig
+from mllm.training.ship import read_history, ship
+from sim.dagger_rounds import SEEDS_OF_ROUND, DaggerConfig, run_rounds
+from sim.errors import ConfigurationError
+
+CHANGE = {"decoding": "slots", "chunk": 8, "head": "regression", "execute": 8, "proprio": ["eef_pos"]}
+
+
+def test_a_round_collects_with_the_last_policy_and_trains_on_both(tiny, demonstrations, tmp_path):
+    first = TrainConfig(
+        "run", (str(demonstrations),), init=str(tiny), change=CHANGE, steps=2, batch=4, validation=0.0, threads=1
+    )
+    config = DaggerConfig(("libero_spatial",), tasks=(0,), rounds=1, episodes=1, steps=2, weight=2.0, workers=1)
+    last = run_rounds(first, config, tmp_path, lambda line: None, lambda progress: None)
+    assert last == tmp_path / "run-dagger-1" / "checkpoint"
+    (episode,) = (tmp_path / "run" / "dagger").rglob("seed_*.hdf5")
+    demo = read_demonstration(episode)
+    assert (demo.source, demo.seed) == ("dagger", SEEDS_OF_ROUND)
+    assert demo.provenance["image_size"] == "32"
+    assert run_rounds(first, config, tmp_path, lambda line: None, lambda progress: None) == last
+
+    ship(last.parent, tmp_path / "shipped")
+    runs = read_history(tmp_path / "shipped")
+    assert [run["name"] for run in runs] == ["run", "run-dagger-1"]
+    assert runs[1]["init"] == "run"
+    assert {item["source"]: item["episodes"] for item in runs[1]["demonstrations"]} == {"expert": 6, "dagger": 1}
+    assert str(tmp_path) not in json.dumps(runs)
+    assert load_config(tmp_path / "shipped") == load_config(last)
+
+
+def test_a_wrong_round_is_refused():
+    with pytest.raises(ConfigurationError, match="episodes is 0"):
+        DaggerConfig(("libero_spatial",), episodes=0)
+    with pytest.raises(ConfigurationError, match="suites is empty"):
+        DaggerConfig(())
