@@ -33,6 +33,7 @@ WALL = 0.025  # m: up to here a stretch is a wall, and a thinner one is no bette
 SPARE = 0.006  # m of opening that must remain
 PROFILE_STEP = 0.002  # m
 WEDGE = 0.008  # m: up to here faces count as parallel
+MAX_WEDGE = 0.03  # m: beyond it the fingers slide off a corner
 # Parts of an object's radius: how far from its middle it is held where things are in the way there.
 BESIDE = (-0.75, -0.6, -0.45, -0.3, 0.3, 0.45, 0.6, 0.75)
 LOPSIDED = 0.01  # m from the middle of an object to its mass, beyond which it is held by that: it has a handle
@@ -80,10 +81,9 @@ def stretches(profile: np.ndarray, level: float) -> list[tuple[int, int]]:
 
 
 def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tuple[np.ndarray, float, float, float]]:
-    """(position, yaw, width, wedge) of every stretch that fits between the fingers.
+    """(position, yaw, width, wedge) of every stretch that fits between the fingers and does not slide out of them.
 
     wedge: m by which it is narrower somewhere across the fingers, or slanted.
-
     beside: by how much of the object's radius the closing axes miss its centre.
     """
     low, high = points.min(0), points.max(0)
@@ -110,8 +110,9 @@ def _candidates(scene: Scene, points: np.ndarray, beside: float) -> Iterator[tup
                 place = middle + 0.5 * (along[start] + along[end - 1]) * closing
                 contains_centre = along[start] <= 0 <= along[end - 1]
                 widths = [float((line[start:end] > level).sum()) * PROFILE_STEP for line in lines]
-                if contains_centre == whole and width < MAX_OPENING - SPARE and widths[1] > 0:
-                    yield np.array([*place, z]), float(yaw), width, width - min(widths)
+                wedge = width - min(widths)
+                if contains_centre == whole and width < MAX_OPENING - SPARE and wedge < MAX_WEDGE and widths[1] > 0:
+                    yield np.array([*place, z]), float(yaw), width, wedge
 
 
 def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> float:
@@ -142,7 +143,7 @@ def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarra
 
     hand, base: (2,) m, where the gripper and the robot's base are.  move: (3,) m, by which the object will be carried.
     container: whether it goes into something; its walls are left out, since the object may drop in from above them.
-    None: every side is wider than the open gripper.
+    None: every side is wider than the open gripper, or slides out of it.
     """
     points = body_points(scene.model, scene.data, scene.body)
 
