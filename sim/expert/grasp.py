@@ -22,7 +22,7 @@ FINGER_HALF_WIDTH = 0.010  # m across it
 FINGERS_HALF_LENGTH = MAX_OPENING / 2 + FINGER_THICKNESS
 PALM = 0.045  # m from the grip site up to the palm
 PALM_HALF_LENGTH = 0.10  # m along the closing axis
-PALM_HALF_WIDTH = 0.035  # m across it
+PALM_HALF_WIDTH = 0.040  # m across it
 WRIST = 0.12  # m from the grip site up to the wrist
 WRIST_RADIUS = 0.055  # m
 REACH = 0.74  # m from the robot's base: beyond it the elbow locks with the gripper pointing down
@@ -123,7 +123,7 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> flo
     lateral, closing = rotation_about_z(yaw)[:2, 0], rotation_about_z(yaw)[:2, 1]
 
     def highest(along: np.ndarray, half_width: float, own: bool) -> float:
-        sides = np.linspace(-half_width, half_width, 3)
+        sides = np.linspace(-half_width, half_width, 5)
         both = np.concatenate([-along, along])
         places = np.array([position[:2] + a * closing + b * lateral for a in both for b in sides])
         return float(scene.heights(places, own=own).max())
@@ -131,7 +131,7 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> flo
     opened = MAX_OPENING / 2 + np.linspace(0, FINGER_THICKNESS, 3)
     swept = np.linspace(0, FINGERS_HALF_LENGTH, 7)
     fingers = max(highest(opened, FINGER_HALF_WIDTH, own), highest(swept, FINGER_HALF_WIDTH, False))
-    palm = highest(np.linspace(0.02, PALM_HALF_LENGTH, 3), PALM_HALF_WIDTH, False)
+    palm = highest(np.linspace(0.0, PALM_HALF_LENGTH, 6), PALM_HALF_WIDTH, False)
     wrist = float(scene.heights(corridor(position[:2], position[:2], WRIST_RADIUS), own=False).max())
     tops = np.array([fingers, palm, wrist])
     return float(np.maximum(tops - position[2] - [-FINGERTIP - 0.003, PALM, WRIST], 0.0).sum())

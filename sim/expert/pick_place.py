@@ -216,7 +216,8 @@ class PickPlaceExpert(Expert):
         hand = self._hand.position
         turn = self._hand.turn_to(self._hand.upright(yaw))
         hover = max(plan.hover, float(grasp[2]) + 0.05)
-        steer = funnel(hand, grasp, hover, astray=TURN_LEVER * float(np.linalg.norm(turn)))
+        astray = TURN_LEVER * float(np.linalg.norm(turn))
+        steer = funnel(hand, grasp, hover, astray, slope=plan.slope)
         off = grasp - hand
         away = float(np.linalg.norm(off[:2]))
         close = away < GRASP_NEAR and abs(float(off[2])) < GRASP_LEVEL
