@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flashvla_ros import cli_data, cli_eval, cli_train
+from flashvla_ros import cli_data, cli_describe, cli_eval, cli_train
+from flashvla_ros.cli_options import PolicyOptions
 from flashvla_ros.errors import ConfigurationError, RecordingError
-from flashvla_ros.fields import json_object
 from mllm.errors import PolicyError
 from sim.errors import ConfigurationError as SimConfigurationError
 from sim.errors import SimError
@@ -64,6 +64,7 @@ class Demo:
     """Official initial state."""
     checkpoint: str = ""
     """Folder of the policy's weights; those that come with the package if not given."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     episode: Path | None = None
     """Recorded actions to replay instead."""
     realtime: bool = False
@@ -74,18 +75,17 @@ class Demo:
     """Print the result as JSON on stdout; everything else goes to stderr."""
     settings: Settings = field(default=())
 
+    def options(self) -> dict[str, Any]:
+        """Of the policy."""
+        return ({"checkpoint": self.checkpoint} if self.checkpoint else {}) | self.how.chosen()
+
     def run(self) -> int:
         from flashvla_ros.demo import driven, replayed, run_demo
 
         task = int(self.task) if self.task.isdigit() else self.task
-        act = replayed(self.episode) if self.episode else driven(self.checkpoint, self.suite, task, self.init_state)
-        return run_demo(
-            act,
-            realtime=self.realtime,
-            runs=self.runs,
-            json_output=self.json,
-            overrides=parse_overrides(self.settings),
-        )
+        act = replayed(self.episode) if self.episode else driven(self.options(), self.suite, task, self.init_state)
+        overrides = parse_overrides(self.settings)
+        return run_demo(act, realtime=self.realtime, runs=self.runs, json_output=self.json, overrides=overrides)
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,7 @@ class Serve:
 
     policy: tyro.conf.Positional[str] = "mini"
     """Name of an installed policy."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     host: str = "127.0.0.1"
     """IP address to listen on; one that other machines can reach needs a token."""
     port: int = 8000
@@ -179,7 +178,7 @@ class Serve:
         from mllm.server import PolicyServer
         from mllm.server_config import ServerConfig
 
-        options = json_object("--options", self.options)
+        options = self.how.chosen()
         config = ServerConfig(
             host=self.host,
             port=self.port,
@@ -224,13 +223,45 @@ class BenchModel:
 
 
 @dataclass(frozen=True)
+class BenchCompress:
+    """Measure what choosing visual tokens costs and saves: every method beside the uncompressed model, in one run."""
+
+    model: str = "mini"
+    """mini (its own weights), bench-100m or openvla-7b (random weights)."""
+    methods: tuple[str, ...] = ("flashvla", "tokencarve", "fastv", "random")
+    """Of flashvla, tokencarve, fastv, random and uniform."""
+    keep: int = 80
+    """Visual tokens that stay, of all cameras together."""
+    per_camera: bool = False
+    """Score every camera's tokens by themselves."""
+    steps: int = 50
+    """Answers measured of each."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    threads: int = 1
+    """Of torch on the CPU."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.bench_compress import run_bench
+        from mllm.bench_compress import BenchCompressConfig
+
+        options = {name: value for name, value in vars(self).items() if name != "json"}
+        return run_bench(BenchCompressConfig(**options), self.json)
+
+
+@dataclass(frozen=True)
 class Bench:
-    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost, `model` the policy's."""
+    """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost, `model` the policy's, `compress` what
+    dropping visual tokens saves of it.
+    """
 
     what: (
         Annotated[BenchRos, tyro.conf.subcommand("ros")]
         | Annotated[BenchSim, tyro.conf.subcommand("sim")]
         | Annotated[BenchModel, tyro.conf.subcommand("model")]
+        | Annotated[BenchCompress, tyro.conf.subcommand("compress")]
     )
 
     def run(self) -> int:
@@ -273,6 +304,7 @@ def main(args: list[str] | None = None) -> int:
             **cli_data.COMMANDS,
             **cli_train.COMMANDS,
             **cli_eval.COMMANDS,
+            **cli_describe.COMMANDS,
         },
         prog="flashvla",
         description="VLA policies on ROS 2, with LIBERO in the loop.",

@@ -43,6 +43,9 @@ class Collect:
     """Attempted for each task. The expert's failures are counted and not kept; a policy's are kept."""
     seed: int = 0
     """Of the first episode; the next has the next one."""
+    draw: Literal["sampled", "shuffled"] = "sampled"
+    """Starts as LIBERO draws them, or, in libero_object, with objects that exchange places, any of which may be asked
+    for."""
     workers: int = 2
     """Processes; each is one core's worth of work and takes about 2 GB."""
     images: str = "raw"
@@ -68,6 +71,7 @@ class Collect:
             tasks=parse_tasks(self.tasks),
             episodes=self.episodes,
             seed=self.seed,
+            draw=self.draw,
             images=self.images,
             image_size=self.image_size,
             renderer=self.renderer,
@@ -103,6 +107,40 @@ class Export:
         return 0
 
 
+@dataclass(frozen=True)
+class Calibrate:
+    """Find from which change on a frame has changed, for --reuse gated: demonstrations in which only the robot acts.
+
+    Give the result as its setting max_surprise.
+    """
+
+    dataset: tyro.conf.Positional[Path]
+    """Folder that `flashvla collect` wrote, or a part of it."""
+    quantile: float = 0.9
+    """Share of the frames that shall not count as changed."""
+    episodes: int = 80
+    """Drawn from the folder at most."""
+    seed: int = 0
+    """Of the draw."""
+
+    def run(self) -> int:
+        import random
+
+        from mllm.demonstrations import demonstration_files
+        from mllm.frame_gate import calibrate
+
+        if self.episodes < 1:
+            raise ConfigurationError(f"--episodes is {self.episodes}: it must be 1 or more")
+        files = demonstration_files(self.dataset)
+        drawn = random.Random(self.seed).sample(files, min(self.episodes, len(files)))
+        found = calibrate(drawn, self.quantile)
+        sys.stdout.write(
+            f"max_surprise {found.threshold:.1f}: {100 * (1 - self.quantile):.3g} % of {found.frames} frames of "
+            f"{found.episodes} episodes exceed it\n"
+        )
+        return 0
+
+
 class Line:
     """Progress on stderr: one line that changes on a terminal, a line every half minute in a file."""
 
@@ -127,4 +165,4 @@ class Line:
         sys.stderr.flush()
 
 
-COMMANDS = {"collect": Collect, "export": Export}
+COMMANDS = {"collect": Collect, "export": Export, "calibrate": Calibrate}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from flashvla_ros.fields import json_object
+from flashvla_ros.cli_options import PolicyOptions
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Eval:
 
     policy: str = "mini"
     """Name of an installed policy, or expert (the scripted one, which reads the simulator)."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     suite: tuple[str, ...] = ("libero_spatial",)
     """One or several suites."""
     tasks: str = "all"
@@ -33,8 +33,9 @@ class Eval:
     """First initial state."""
     states: str = ""
     """Initial states such as 20-49, in place of --trials and --first-state."""
-    sampled: bool = False
-    """Draw fresh states: the numbers are seeds instead of official initial states."""
+    draw: Literal["", "sampled", "shuffled"] = ""
+    """Draw fresh starts: the numbers are seeds instead of official initial states. sampled is LIBERO's way; shuffled
+    objects of libero_object exchange places, and any of them may be asked for."""
     seed: int = 0
     """Places the fixtures, which official initial states leave open."""
     run_file: tyro.conf.Positional[Path | None] = None
@@ -85,13 +86,11 @@ class Eval:
         keys = [
             key
             for suite in self.suite
-            for key in episode_keys(
-                suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.sampled
-            )
+            for key in episode_keys(suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.draw)
         ]
         config = EvalConfig(
             policy=self.policy,
-            options=json_object("--options", self.options),
+            options=self.how.chosen(),
             renderer=self.renderer,
             image_size=self.image_size,
             cameras=self.cameras,
@@ -190,8 +189,7 @@ class SwapObjects:
 
     policy: str = "mini"
     """Name of an installed policy."""
-    options: str = "{}"
-    """JSON object: keyword arguments of the policy's constructor."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
     states: str = "0-2"
@@ -208,7 +206,7 @@ class SwapObjects:
         from sim.schedule import parse_numbers, parse_tasks
         from sim.swap import SUITE, play_swaps
 
-        policy = make_policy(self.policy, **json_object("--options", self.options))
+        policy = make_policy(self.policy, **self.how.chosen())
         tasks, states = parse_tasks(SUITE, self.tasks), parse_numbers(self.states, "--states")
         episodes = []
         for episode in play_swaps(policy, tasks, states):
@@ -225,4 +223,49 @@ class SwapObjects:
         return 0
 
 
-COMMANDS = {"swap": SwapObjects, "eval": Eval, "merge": Merge, "compare": Compare, "report": Report}
+@dataclass(frozen=True)
+class PushObjects:
+    """Move the object while the policy reuses an action, and see what becomes of it under each rule of reuse.
+
+    The same episodes are disturbed in the same step under every rule. Says how many were solved, and after how many
+    steps the model ran on what it saw.
+    """
+
+    policy: str = "mini"
+    """Name of an installed policy."""
+    how: PolicyOptions = field(default_factory=PolicyOptions)
+    rules: tuple[str, ...] = ("off", "paper", "gated")
+    """off, paper, gated, or JSON objects of settings; that of the first that is on finds the step."""
+    suite: str = "libero_spatial"
+    tasks: str = "all"
+    """all, or indices such as 0-3,7."""
+    states: str = "20-22"
+    """Initial states such as 20-29."""
+    distance: float = 0.04
+    """m, along the table."""
+    over: int = 1
+    """Steps that the push takes; 1 is a jump."""
+    near: float = 0.25
+    """m between hand and object, within which it is pushed."""
+    json: bool = False
+    """Print the episodes as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.push_table import show_pushes
+        from sim.push import Push, play_pushes
+        from sim.schedule import parse_numbers, parse_tasks
+
+        options, push = self.how.chosen(), Push(self.distance, self.over, self.near)
+        tasks, states = parse_tasks(self.suite, self.tasks), parse_numbers(self.states, "--states")
+        show_pushes(play_pushes(self.policy, options, self.suite, tasks, states, self.rules, push), self.json)
+        return 0
+
+
+COMMANDS = {
+    "push": PushObjects,
+    "swap": SwapObjects,
+    "eval": Eval,
+    "merge": Merge,
+    "compare": Compare,
+    "report": Report,
+}

@@ -61,16 +61,16 @@ def replayed(episode: Path) -> Act:
     )
 
 
-def driven(checkpoint: str, suite: str, task: int | str, init_state: int) -> Act:
-    """A trained policy that sees the cameras. checkpoint: a folder; empty is the one that comes with the package.
+def driven(options: Mapping[str, Any], suite: str, task: int | str, init_state: int) -> Act:
+    """The mini, which sees the cameras. options: see `mllm.vla_policy.mini_policy`.
 
     Raises PolicyError or ConfigurationError: no such checkpoint, suite, task or initial state.
     """
-    config = load_config(Path(checkpoint) if checkpoint else WEIGHTS / "mini")
+    config = load_config(Path(options.get("checkpoint") or WEIGHTS / "mini"))
     env = EnvConfig(suite, task, **{"cameras": config.cameras, **config.render})  # type: ignore[arg-type]
     found = find_task(suite, task)
     key = EpisodeKey(suite, found.index, init_state, env.seed)
-    overrides = graph_overrides(env, "mini", {"checkpoint": checkpoint} if checkpoint else {}, key)
+    overrides = graph_overrides(env, "mini", options, key)
     return Act(overrides, STEP_LIMITS[suite], f"{suite} task {found.index}: {found.language}")
 
 

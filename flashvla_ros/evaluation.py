@@ -53,7 +53,7 @@ def evaluate_through_ros(
     Raises ConfigurationError: the expert, whose eyes are in the simulator, or videos, which only rollouts keep.
     """
     from flashvla_ros.ros_player import play_through_ros
-    from flashvla_ros.session import Interrupted, interruptible, ros_context
+    from flashvla_ros.session import interruptible, ros_context
 
     if config.policy == EXPERT:
         raise ConfigurationError(
@@ -71,9 +71,6 @@ def evaluate_through_ros(
         )
         stack.enter_context(interruptible())
         stack.enter_context(ros_context())
-        try:
-            for key in ledger.missing:
-                ledger.store(play_through_ros(env, config.policy, config.options, key))
-        except Interrupted:
-            raise KeyboardInterrupt from None
+        for key in ledger.missing:
+            ledger.store(play_through_ros(env, config.policy, config.options, key))
         return ledger.progress

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from flashvla_ros.errors import MessageError
@@ -23,6 +26,8 @@ class Inference:
         self._changed = threading.Condition()
         self._work: Any = None
         self._reset_to: str | None = None
+        self._forget = False  # a command was not carried out as proposed
+        self._asked: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._ready = False  # the policy was reset with an instruction
         self._active = False
         self._ended = False
@@ -54,10 +59,31 @@ class Inference:
         with self._changed:
             return self._changed.wait_for(lambda: self._reset_to is None, limit)
 
-    def activate(self) -> None:
-        """Observations offered from now on are answered."""
+    def ask(self, job: Callable[[], Any], limit: float) -> Any:
+        """What `job` returns or raises, called by the thread before it answers the next observation.
+
+        Raises TimeoutError: the policy was busy for `limit` s; then `job` is not called.
+        """
+        future: Future[Any] = Future()
         with self._changed:
-            self._active, self._work = True, None
+            self._asked.append((job, future))
+            self._changed.notify_all()
+        try:
+            return future.result(limit)
+        except FutureTimeout:
+            if future.cancel():
+                raise TimeoutError(f"the policy has been busy for more than {limit} s") from None
+            return future.result()
+
+    def forget(self) -> None:
+        """Before it answers the next observation the policy is told that a command was not carried out as proposed."""
+        with self._changed:
+            self._forget = True
+
+    def activate(self) -> None:
+        """Observations offered from now on are answered; what came before says nothing about them."""
+        with self._changed:
+            self._active, self._work, self._forget = True, None, True
 
     def deactivate(self, last_word: Callable[[], None]) -> None:
         """Answers nothing any more. If it was active, `last_word` is the last thing published."""
@@ -80,19 +106,33 @@ class Inference:
             self._changed.notify_all()
         self._thread.join(limit)
 
+    def _has_something_to_do(self) -> bool:
+        answerable = self._ready and self._work is not None
+        return self._ended or bool(self._asked) or self._reset_to is not None or answerable
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._ended or self._reset_to is not None or (self._ready and self._work is not None)
-                )
+                self._changed.wait_for(self._has_something_to_do)
                 if self._ended:
                     return
-                instruction, work, self._work = self._reset_to, self._work, None
+                asked, self._asked = self._asked, deque()
+                instruction, work = self._reset_to, self._work if self._ready else None
+                if self._ready or instruction is not None:  # what came before a reset is not answered
+                    self._work = None
+                forget, self._forget = self._forget, False
+            for job, future in asked:
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(job())
+                    except Exception as error:  # whoever asked gets it
+                        future.set_exception(error)
             try:
+                if forget and (clear := getattr(self._policy, "clear", None)):
+                    clear()
                 if instruction is not None:
                     self._policy.reset(instruction)
-                else:
+                elif work is not None:
                     self._answer(work)
             except MessageError as error:
                 self._on_error(error)

@@ -58,7 +58,7 @@ class EpisodeMonitor(Node):
         physics, render: the simulator. policy: the policy's own computing. gate: the gate's.
         transport: the rest between publishing an observation and having its command, that is ROS 2 itself.
         """
-        needed = ("answer_ms", "act_ms", "decode_ms", "gate_ms", "physics_ms", "render_ms")
+        needed = ("answer_ms", "act_ms", "read_ms", "gate_ms", "physics_ms", "render_ms")
         rows = [t for _, t in sorted(self.steps.items()) if all(key in t for key in needed)]
         column = {key: np.array([t[key] for t in rows]) for key in needed}
         return {

@@ -26,6 +26,8 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
     """Turns a ROS value into the dataclass field's type; YAML reads `rate: 20` and `task: 0` as integers."""
     if kind in (float, str) and isinstance(value, int) and not isinstance(value, bool):
         return kind(value)
+    if kind is str and value is False:
+        return "off"  # what YAML reads as false
     if kind == tuple[str, ...]:
         items = list(value) if isinstance(value, (list, tuple)) else None
         # An empty YAML list reaches a node as [''] or as a list of no type.
@@ -44,6 +46,7 @@ def _to_ros(value: Any) -> Any:
 class NodeParameters(Generic[P]):
     """The live parameters of one node.
 
+    on_change: called with the new values before they hold; a ConfigurationError of its refuses them.
     node: made with `automatically_declare_parameters_from_overrides=True`, so that a misspelt name is noticed.
     Raises ConfigurationError: unknown name, wrong type, or a value that `cls` refuses.
     """
@@ -85,10 +88,9 @@ class NodeParameters(Generic[P]):
                 if parameter.name in self._fields:
                     changes[parameter.name] = _coerce(parameter.name, self._kinds[parameter.name], parameter.value)
             value = dataclasses.replace(self.value, **changes)  # type: ignore[type-var]
+            if changes and self._on_change:
+                self._on_change(value)
         except ConfigurationError as error:
             return SetParametersResult(successful=False, reason=str(error))
-        if changes:
-            self.value = value
-            if self._on_change:
-                self._on_change(value)
+        self.value = value
         return SetParametersResult(successful=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from std_srvs.srv import Trigger
 from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Report, Window, describe, status, status_array
 from flashvla_ros.errors import ConfigurationError, MessageError
 from flashvla_ros.fields import json_object, param, require, require_positive
+from flashvla_ros.gate import Verdict
 from flashvla_ros.inference import Inference
 from flashvla_ros.messages import (
     action_to_twist,
@@ -34,15 +36,30 @@ from flashvla_ros.qos import LATCHED, parse_qos
 from flashvla_ros.runner import run_node
 from flashvla_ros.sync import ApproximateSync
 from mllm.errors import PolicyError
-from mllm.policy import Observation, Policy, check_action, make_policy
+from mllm.policy import Observation, Policy, Tunable, check_action, make_policy
+from mllm.reuse import Reason, ReuseConfig
 
-BUSY_LIMIT = 10.0  # s that ~/reset and the end wait for the step the policy is in
+BUSY_LIMIT = 10.0  # s that ~/reset, a parameter and the end wait for the step the policy is in
+TUNABLE = ("reuse", "compress", "keep")  # parameters that are options of the policy, and change while it acts
 
 
 @dataclass(frozen=True)
 class PolicyParameters:
     policy: str = param("hold", "name in the flashvla.policies entry-point group: hold, replay, ...")
     policy_options: str = param("{}", "JSON object: keyword arguments of the policy's constructor")
+    reuse: str = param(
+        "",
+        "off, paper, gated or a JSON object of mllm.reuse.ReuseConfig's fields: when the policy's last action is used "
+        "again; empty = what policy_options say, else off",
+        dynamic=True,
+    )
+    compress: str = param(
+        "",
+        "none, flashvla, tokencarve, fastv, random, uniform or a JSON object of mllm.compress.CompressConfig's fields: "
+        "which visual tokens the decoder goes on with; empty = what policy_options say, else none",
+        dynamic=True,
+    )
+    keep: int = param(0, "visual tokens that it keeps; 0 = what policy_options or compress say", dynamic=True)
     autostart: bool = param(True, "configure and activate by itself; false = wait for lifecycle transitions")
     instruction: str = param("", "instruction to start with; empty = wait for one on instruction_topic")
     cameras: tuple[str, ...] = param(
@@ -62,6 +79,11 @@ class PolicyParameters:
     twist_topic: str = param("policy/command", "proposed twist (geometry_msgs/TwistStamped)")
     gripper_topic: str = param("policy/gripper_command", "proposed gripper opening (sensor_msgs/JointState, m)")
     command_qos: str = param("reliable depth=10", "QoS of the proposed commands")
+    decision_topic: str = param(
+        "command_gate/decision",
+        "what the gate made of each command (diagnostic_msgs/DiagnosticArray): where it did not pass it unchanged, "
+        "the policy reuses nothing that came before; empty = no gate",
+    )
     max_opening: float = param(0.08, "m; widest gripper opening, what gripper -1 stands for")
     frame_id: str = param("world", "frame of the commands; the policy's action frame must be this one")
 
@@ -75,10 +97,16 @@ class PolicyParameters:
         names = [entry.partition("=")[0] for entry in self.cameras]
         require(len(set(names)) == len(names), "cameras", self.cameras, "a list without a name twice")
         self.options()
+        require(self.keep >= 0, "keep", self.keep, "0 or more")
+        try:
+            ReuseConfig.parse(self.reuse)
+        except PolicyError as error:
+            raise ConfigurationError(f"parameter 'reuse' is {self.reuse!r}: {error}") from error
 
     def options(self) -> dict[str, Any]:
-        """The policy's keyword arguments."""
-        return json_object("parameter 'policy_options'", self.policy_options)
+        """The policy's keyword arguments. Reuse is always among them, so that it can be switched on."""
+        given = {name: value for name in TUNABLE if (value := getattr(self, name))}
+        return {"reuse": "off", **json_object("parameter 'policy_options'", self.policy_options), **given}
 
 
 class PolicyNode(LifecycleNode):
@@ -86,19 +114,22 @@ class PolicyNode(LifecycleNode):
 
     def __init__(self) -> None:
         super().__init__("policy", automatically_declare_parameters_from_overrides=True)
-        self._params = NodeParameters(self, PolicyParameters)
+        self._params = NodeParameters(self, PolicyParameters, self._on_change)
         p = self._params.value
         self._policy: Policy | None = None
         self._inference: Inference | None = None
         self._instruction = p.instruction
         self._load_error = ""
-        self._answered = self._refused = 0
+        self._answered = self._reused = self._refused = self._corrected = 0
+        self._reasons: Counter[str | None] = Counter()
         self._latency = Window()
         self._inputs: list[Any] = []
         # Before the cameras: when both wait, an executor serves an instruction before the frames that follow it.
         self.create_subscription(String, p.instruction_topic, self._on_instruction, LATCHED)
         self.create_service(Trigger, "~/reset", self._on_reset)
         command_qos = parse_qos(p.command_qos, "command_qos")
+        if p.decision_topic:
+            self.create_subscription(DiagnosticArray, p.decision_topic, self._on_decision, command_qos)
         self._twists = self.create_publisher(TwistStamped, p.twist_topic, command_qos)
         self._grippers = self.create_publisher(JointState, p.gripper_topic, command_qos)
         self._steps = self.create_publisher(DiagnosticArray, "~/step", command_qos)
@@ -209,6 +240,26 @@ class PolicyNode(LifecycleNode):
         if self._inference is not None:
             self._inference.reset(message.data)
 
+    def _on_decision(self, message: DiagnosticArray) -> None:
+        passed = all(entry.message == Verdict.PASSED.value for entry in message.status)
+        if not passed and self._inference is not None:
+            self._corrected += 1
+            self._inference.forget()
+
+    def _on_change(self, params: PolicyParameters) -> None:
+        """Raises ConfigurationError: the policy does not take it."""
+        before, policy, inference = self._params.value, self._policy, self._inference
+        changes = {name: getattr(params, name) for name in TUNABLE if getattr(params, name) != getattr(before, name)}
+        if not changes or policy is None or inference is None:
+            return
+        if not isinstance(policy, Tunable):
+            raise ConfigurationError(f"policy '{params.policy}' cannot change {', '.join(changes)} while it acts")
+        configure = policy.configure
+        try:
+            inference.ask(lambda: configure(**changes), BUSY_LIMIT)
+        except (PolicyError, TimeoutError) as error:
+            raise ConfigurationError(f"policy '{params.policy}' does not take {changes}: {error}") from error
+
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Starts an episode: on success, the policy has forgotten the last one and its commands are received."""
         lonely = [p.topic_name for p in (self._twists, self._grippers) if not p.get_subscription_count()]
@@ -250,9 +301,17 @@ class PolicyNode(LifecycleNode):
             return
         self._answered += 1
         self._latency.add(acted - started)
-        stages = {"decode": acting - started, "act": acted - acting, **step.timing}
+        stages = {"read": acting - started, "act": acted - acting, **step.timing}
         values = {**{f"{name}_ms": f"{seconds * 1e3:.3f}" for name, seconds in stages.items()}, **step.flags}
-        self._steps.publish(status_array(stamp, status(self.get_name(), OK, "computed", values)))
+        if step.kept is not None:
+            values["kept_tokens"] = len(step.kept)
+        reused = bool(step.flags.get("reuse"))
+        self._reused += reused
+        if reason := step.flags.get("reuse_reason"):
+            self._reasons[str(reason)] += 1
+        self._steps.publish(
+            status_array(stamp, status(self.get_name(), OK, "reused" if reused else "computed", values))
+        )
 
     def _observation(self, stamp: int, messages: dict[str, Any]) -> Observation:
         images, proprio = {}, {}
@@ -290,9 +349,12 @@ class PolicyNode(LifecycleNode):
         inference = self._inference
         values = {
             "answered": self._answered,
+            "reused": self._reused,
+            **{f"reuse {reason.value}": count for reason in Reason if (count := self._reasons[reason])},
             "replaced": inference.replaced if inference else 0,
             "unmatched": self._sync.unmatched if inference else 0,
             "refused": self._refused,
+            "corrected": self._corrected,
             "instruction": self._instruction,
             **self._latency.summary("latency"),
         }

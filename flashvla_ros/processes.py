@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 from flashvla_ros.graph import NodeSpec, environment
@@ -21,6 +22,27 @@ PR_SET_PDEATHSIG = 1
 def _die_with_parent() -> None:
     """In the child, before it runs: the kernel sends it SIGTERM when the parent is gone (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """A handler that raises must not do so between the start of a process and the note that it was started.
+
+    Python runs handlers in the main thread, whichever thread the kernel chose, so that a signal mask holds nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+    before = {wanted: signal.signal(wanted, lambda number, _: came.append(number)) for wanted in numbers}
+    try:
+        yield
+    finally:
+        for wanted, handler in before.items():
+            signal.signal(wanted, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _print_line(name: str, line: str) -> None:
@@ -46,17 +68,17 @@ class ProcessGroup:
         }
         try:
             for spec in specs:
-                process = subprocess.Popen(
-                    spec.command(),
-                    env=child_env,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="replace",
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )
-                self.processes[spec.name] = process
+                with _signals_held():
+                    self.processes[spec.name] = process = subprocess.Popen(
+                        spec.command(),
+                        env=child_env,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        errors="replace",
+                        start_new_session=True,
+                        preexec_fn=_die_with_parent,
+                    )
                 reader = threading.Thread(target=self._read, args=(spec.name, process.stdout), daemon=True)
                 reader.start()
                 self._readers.append(reader)

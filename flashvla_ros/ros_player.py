@@ -14,7 +14,7 @@ from flashvla_ros.session import Session, run_episode
 from sim.env import EnvConfig
 from sim.evaluate import circumstances, now
 from sim.results import EpisodeKey, EpisodeResult
-from sim.tasks import find_task
+from sim.tasks import asked, find_task
 
 TOPICS = {"agentview": "agentview", "robot0_eye_in_hand": "wrist"}  # LIBERO's camera -> topic prefix
 _NOT_PROVENANCE = ("suite", "task", "init_state", "mode", "error", "instruction", "steps")
@@ -65,7 +65,7 @@ def play_through_ros(env: EnvConfig, policy: str, options: Mapping[str, Any], ke
     facts = {name: value for name, value in outcome.facts.items() if name not in _NOT_PROVENANCE}
     return EpisodeResult(
         key=key,
-        language=find_task(key.suite, key.task).language,
+        language=asked(find_task(key.suite, key.task), key.init_state, key.seed).language,
         outcome=outcome.outcome,
         steps=len(actions),
         started=started,

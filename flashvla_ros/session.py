@@ -20,10 +20,6 @@ from flashvla_ros.processes import ProcessGroup
 from flashvla_ros.recorder import LIBERO_CAMERAS, LIBERO_TOPICS, Recorder
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came."""
-
-
 @contextlib.contextmanager
 def ros_context() -> Iterator[None]:
     """This process takes part in ROS, with the same transport profile as the nodes, on this machine only unless the
@@ -39,10 +35,10 @@ def ros_context() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM ends the block like SIGINT does, so that everything that was started is stopped."""
+    """SIGTERM ends the block like SIGINT does, by KeyboardInterrupt, so that everything that was started is stopped."""
 
     def interrupt(_number: int, _frame: object) -> None:
-        raise Interrupted
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

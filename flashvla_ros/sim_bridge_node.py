@@ -45,6 +45,7 @@ from flashvla_ros.traces import Trace
 from mllm.policy import ActionSpec
 from sim.env import LiberoEnv
 from sim.errors import ConfigurationError as SimConfigurationError
+from sim.tasks import asked
 
 NO_MOTION = np.zeros(6, np.float32)
 DISCOVERY_LIMIT = 30.0  # s that the first observation waits for somebody to receive it
@@ -156,7 +157,7 @@ class SimBridgeNode(Node):
     def _run_episode(self, stop: StopRequested) -> None:
         p = self._params.value
         env = self._environment(p)
-        self._episode = Trace(p.env_config(), env.task, p.initial_state(), p.mode)
+        self._episode = Trace(p.env_config(), asked(env.task, p.initial_state(), p.seed), p.initial_state(), p.mode)
         self._outcome = "running"
         observation, info = env.reset(seed=p.seed, options={"init_state": p.initial_state()})
         self._episode.begin(env.state())

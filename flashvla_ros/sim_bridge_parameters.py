@@ -8,7 +8,7 @@ from flashvla_ros.errors import ConfigurationError
 from flashvla_ros.fields import param, require, require_positive
 from sim.env import EnvConfig
 from sim.errors import ConfigurationError as SimConfigurationError
-from sim.tasks import find_task, load_init_states
+from sim.tasks import DRAWS, check_draw, find_task, load_init_states
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BridgeParameters:
     )
     task: str = param("0", "index or instruction of the task; effective at the next ~/reset", dynamic=True)
     init_state: str = param(
-        "0", "index of an official initial state, or sampled; effective at the next ~/reset", dynamic=True
+        "0", "index of an official initial state, or sampled or shuffled; effective at the next ~/reset", dynamic=True
     )
     seed: int = param(0, "draws the fixtures' poses, and the objects' of a sampled state", dynamic=True)
     renderer: str = param("fast", "official (as published results) or fast (no reflections, no antialiasing)")
@@ -67,10 +67,12 @@ class BridgeParameters:
         try:
             config, state = self.env_config(), self.initial_state()
             count = len(load_init_states(find_task(config.suite, config.task)))
+            if isinstance(state, str):
+                check_draw(config.suite, state)
         except SimConfigurationError as error:
             raise ConfigurationError(str(error)) from error
-        known = state == "sampled" or int(state) < count
-        require(known, "init_state", self.init_state, f"0 to {count - 1}, or sampled: {self.suite} has no other")
+        known = isinstance(state, str) or state < count
+        require(known, "init_state", self.init_state, f"0 to {count - 1}: {self.suite} has no other")
 
     def env_config(self) -> EnvConfig:
         return EnvConfig(
@@ -86,7 +88,8 @@ class BridgeParameters:
         )
 
     def initial_state(self) -> int | str:
-        if self.init_state == "sampled":
+        if self.init_state in DRAWS:
             return self.init_state
-        require(self.init_state.isdigit(), "init_state", self.init_state, "an index of 0 or more, or 'sampled'")
+        wanted = f"an index of 0 or more, {' or '.join(DRAWS)}"
+        require(self.init_state.isdigit(), "init_state", self.init_state, wanted)
         return int(self.init_state)

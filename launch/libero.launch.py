@@ -12,7 +12,7 @@ def generate_launch_description():
         arguments={
             "suite": ("sim_bridge", "suite", "LIBERO suite"),
             "task": ("sim_bridge", "task", "task index or instruction"),
-            "init_state": ("sim_bridge", "init_state", "official initial state, or sampled"),
+            "init_state": ("sim_bridge", "init_state", "official initial state, or sampled or shuffled"),
             "mode": ("sim_bridge", "mode", "lockstep or realtime"),
             "policy": ("policy", "policy", "policy name"),
             "policy_options": ("policy", "policy_options", "JSON options of the policy"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +24,7 @@ from mllm.policy import Observation
 from mllm.tensor_names import places
 from mllm.torchvision_import import import_timm
 from mllm.vla import VLA, init_random
-from mllm.vla_policy import VLAPolicy
+from mllm.vla_policy import VLAPolicy, make_example
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,7 +93,7 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
         policy.reset("")
         policy.warm_up()
     baseline = Baseline(_twin(model), config.words)
-    images = [_noise(model, seed) for seed in range(config.steps)]
+    images = [noise_observation(model, seed) for seed in range(config.steps)]
     baseline.act(images[0])
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
@@ -104,7 +104,7 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
         pixels = torch.from_numpy(restricted.preprocess(observation.images))[None]
         tokens = unrestricted.decoder.generate(pixels, [baseline.ids])
         equal += bool(torch.equal(tokens, baseline.tokens))
-    summaries = {"ours": _summary(ours), "baseline": _summary(theirs)}
+    summaries = {"ours": stage_summary(ours), "baseline": stage_summary(theirs)}
     speeds = machine_speeds(dtype, device)
     work = count_work(model, config.words)
     return {
@@ -243,10 +243,11 @@ def _twin(model: VLA) -> VLA:
     return twin.eval()
 
 
-def _noise(model: VLA, seed: int) -> Observation:
+def noise_observation(model: VLA, seed: int) -> Observation:
+    """Images of noise, of twice the size that the model wants, and proprioception all zero."""
     generator, side = np.random.default_rng(seed), 2 * model.config.image_size
-    cameras = model.config.cameras
-    return Observation({camera: generator.integers(0, 256, (side, side, 3), np.uint8) for camera in cameras})
+    images = {camera: generator.integers(0, 256, (side, side, 3), np.uint8) for camera in model.config.cameras}
+    return replace(make_example(model.config), images=images)
 
 
 def _wait(device: torch.device) -> None:
@@ -270,7 +271,8 @@ def _best(call: Callable[[], Tensor], device: torch.device, repeats: int = 12) -
     return min(seconds)
 
 
-def _summary(steps: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def stage_summary(steps: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """steps: stage -> seconds. Returns "p50_ms", "p99_ms" and "min_ms" of every stage."""
     return {
         stage: {
             "p50_ms": round(float(np.percentile([step[stage] for step in steps], 50)) * 1e3, 3),

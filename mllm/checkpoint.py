@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.errors import PolicyError
 from mllm.hf_config import CONFIG, STATISTICS, config_to_hf, load_config, read_json, statistics_to_hf
@@ -41,11 +41,8 @@ def load_checkpoint(
     revision: the 40 digits of a commit, so that the same call means the same weights.
     Raises PolicyError: anything missing, extra, misshapen, truncated or hostile, by name.
     """
-    if dtype not in DTYPES.values():
-        raise PolicyError(f"a model cannot be loaded as {dtype}: choose float32, bfloat16, float16 or float64")
-    folder = Path(source) if revision is None else download(str(source), revision)
-    if not folder.is_dir():
-        raise PolicyError(f"there is no folder {folder}; a Hugging Face repository needs a revision")
+    check_dtype(dtype)
+    folder = find_folder(source, revision)
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     files = find_tensors(folder)
@@ -56,6 +53,19 @@ def load_checkpoint(
     model.to_empty(device=device)
     fill(model, wanted, files)
     return model.requires_grad_(False), tokenizer
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise PolicyError(f"a model cannot be loaded as {dtype}: choose float32, bfloat16, float16 or float64")
+
+
+def find_folder(source: str | Path, revision: str | None) -> Path:
+    """The folder `source`, or that of a repository's files. Raises PolicyError: there is none."""
+    folder = Path(source) if revision is None else download(str(source), revision)
+    if not folder.is_dir():
+        raise PolicyError(f"there is no folder {folder}; a Hugging Face repository needs a revision")
+    return folder
 
 
 def find_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
@@ -104,7 +114,7 @@ def shorten(names: list[str], most: int = 8) -> str:
 
 
 @torch.no_grad()
-def fill(model: VLA, wanted: Mapping[str, Place], files: Mapping[str, tuple[Path, Entry]]) -> None:
+def fill(model: nn.Module, wanted: Mapping[str, Place], files: Mapping[str, tuple[Path, Entry]]) -> None:
     """Reads every wanted tensor into the model, file by file in the order of their bytes."""
     tensors = model.state_dict()
     for path in sorted({path for path, _ in files.values()}):

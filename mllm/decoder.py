@@ -44,12 +44,14 @@ class Kept:
     hidden: (B, K, d) in place of the kept rows, or None for these rows themselves.
     valid: (B, K), where samples keep differing numbers; None takes it from the rows kept.
     trim: cut the keys and values of the earlier layers to the kept positions too.
+    merged: (B, M, 2) int64, for whoever shows it: a row that is not kept, and the kept one that has become its mean.
     """
 
     index: Tensor
     hidden: Tensor | None = None
     valid: Tensor | None = None
     trim: bool = True
+    merged: Tensor | None = None
 
 
 class TokenHook(Protocol):
@@ -92,6 +94,24 @@ class KVCache:
     def clear(self) -> None:
         self.used = [0] * len(self.used)
         self.valid = [None] * len(self.valid)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(part.numel() * part.element_size() for part in self.keys_values)
+
+    def resize(self, capacity: int) -> None:
+        """Moves what is held to new memory of `capacity` slots, layer by layer."""
+        if capacity < max(self.used):
+            raise ValueError(f"{max(self.used)} slots are used: they do not fit {capacity}")
+        for layer, (old, used, known) in enumerate(zip(self.keys_values, self.used, self.valid, strict=True)):
+            new = self.keys_values[layer] = old.new_zeros(*old.shape[:3], capacity, old.shape[4])
+            new[:, :, :, :used] = old[:, :, :, :used]
+            self.pairs[layer] = (new[0], new[1])
+            if known is not None:
+                valid = self.valid[layer] = known.new_ones(self.batch, capacity)
+                valid[:, :used] = known[:, :used]
+        self.capacity = capacity
 
     @property
     def state(self) -> CacheState:

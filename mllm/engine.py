@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.decoder import KVCache
+from mllm.decoder import KVCache, LanguageModel
 from mllm.errors import PolicyError
 from mllm.vla import VLA
 
@@ -34,15 +34,15 @@ class TokenLoop:
         slots that it fills.
     """
 
-    def __init__(self, model: VLA, cache: KVCache, ids: tuple[int, int], count: int) -> None:
-        self.model, self.cache, self.ids, self.count = model, cache, ids, count
-        layers, device = len(cache.used), model.device
+    def __init__(self, language: LanguageModel, cache: KVCache, ids: tuple[int, int], count: int) -> None:
+        self.language, self.cache, self.ids, self.count = language, cache, ids, count
+        layers, device, self.dtype = len(cache.used), language.lm_head.weight.device, language.lm_head.weight.dtype
         self.position = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
         self.slot = torch.zeros(layers, dtype=torch.int64, device=device)
-        self.bias = torch.zeros(layers, cache.batch, 1, 1, cache.capacity, dtype=model.dtype, device=device)
+        self.bias = torch.zeros(layers, cache.batch, 1, 1, cache.capacity, dtype=self.dtype, device=device)
         self._later = torch.arange(count - 1, device=device)
         self._slots = torch.arange(cache.capacity, device=device)
-        weights = sum(parameter.numel() for parameter in model.language_model.model.layers[0].parameters())
+        weights = sum(parameter.numel() for parameter in language.model.layers[0].parameters())
         self._one_thread = device.type == "cpu" and weights <= ONE_THREAD
         self._run = Recorded(self.run, device.type == "cuda")
 
@@ -62,15 +62,14 @@ class TokenLoop:
 
     def run(self, first: Tensor) -> Tensor:
         """first: (B, 1) ids. Returns (B, count) ids, the first among them."""
-        model, language = self.model, self.model.language_model
-        tokens = [first]
-        rotary = language.model.rotary(self.position + self._later, model.dtype)
+        language, decoder, tokens = self.language, self.language.model, [first]
+        rotary = decoder.rotary(self.position + self._later, self.dtype)
         with one_thread(self._one_thread):
             for done in range(self.count - 1):
                 slot = self.slot + done
                 self.bias.scatter_(-1, slot.view(-1, 1, 1, 1, 1).expand(*self.bias.shape[:-1], 1), 0.0)
                 turn = (rotary[0][:, :, done : done + 1], rotary[1][:, :, done : done + 1])
-                hidden = language.model.step(model.embed(tokens[-1]), turn, self.cache.pairs, slot, self.bias)
+                hidden = decoder.step(decoder.embed_tokens(tokens[-1]), turn, self.cache.pairs, slot, self.bias)
                 tokens.append(language.best(hidden, self.ids))
         return torch.cat(tokens, 1)
 

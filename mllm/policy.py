@@ -8,6 +8,10 @@ A third party's policy is any class with `reset` and `act`, named in the `flashv
         def reset(self, instruction: str) -> None: ...
         def act(self, observation: Observation) -> ActionStep:
             return ActionStep(action=np.zeros(7, np.float32))
+
+It may have more: `begin` and `act_batch` (see `BatchedPolicy`), `configure` (see `Tunable`), `warm_up()`, called before
+the first episode, `clear()`, called where a command was not carried out as proposed, `layout` (see `TokenLayout`),
+`render` (see `sim.evaluate`), and `provenance`, texts about itself that results carry.
 """
 
 from __future__ import annotations
@@ -73,12 +77,39 @@ class ActionStep:
     flags: anything else worth recording about the step; values are numbers, booleans or short strings.
     kept: (K,) int64, ascending: which visual tokens the decoder kept, counted over all cameras in the model's order;
         None where it chose none, or did not run.
+    merged: (M, 2) int64, counted likewise: a token that is gone, and the kept one that it is part of now; None where
+        the decoder merges none, or did not run.
+    plan: (n, 7) float32, from a policy that predicts several actions, where it looked: `action` and those after it,
+        also the ones that it will not carry out before it looks again.
+    left: actions of an earlier look that follow this one; at 0 the next observation is looked at.
     """
 
     action: np.ndarray
     timing: Mapping[str, float] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     kept: np.ndarray | None = None
+    merged: np.ndarray | None = None
+    plan: np.ndarray | None = None
+    left: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where a policy's visual tokens lie, which `ActionStep.kept` counts: camera after camera, row after row.
+
+    cameras: names in `Observation.images`.  rows, columns: tokens of an image.
+    area: the middle share of the image's area that the model sees.  mirror: it sees that with left and right exchanged.
+    """
+
+    cameras: tuple[str, ...]
+    rows: int
+    columns: int
+    area: float = 1.0
+    mirror: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.cameras) * self.rows * self.columns
 
 
 def check_action(action: np.ndarray) -> np.ndarray:
@@ -113,6 +144,17 @@ class BatchedPolicy(Policy, Protocol):
     def act_batch(self, episodes: Sequence[Any], observations: Sequence[Observation]) -> list[ActionStep]: ...
 
 
+@runtime_checkable
+class Tunable(Protocol):
+    """A policy of which some options can change while it acts.
+
+    `configure` takes options of the constructor, which hold from the next observation on; the thread that acts calls
+    it. Raises PolicyError: an option is unknown, cannot change, or has a wrong value; then none has changed.
+    """
+
+    def configure(self, **options: Any) -> None: ...
+
+
 class HoldPolicy:
     """Commands no motion and an open gripper, for ever: to try out a graph, or to measure what it costs."""
 
@@ -133,9 +175,11 @@ def policy_names() -> list[str]:
 def make_policy(name: str, **options: Any) -> Policy:
     """Builds the policy that `name` stands for in the `flashvla.policies` entry-point group.
 
-    options: keyword arguments of the policy's constructor.
+    options: keyword arguments of the policy's constructor; "reuse" aside, which any policy can be given: see
+        `mllm.reuse.ReuseConfig.parse`.
     Raises PolicyError: unknown name, unknown or missing option, or an object without the interface.
     """
+    reuse = options.pop("reuse", None)
     found = [entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name == name]
     if not found:
         raise PolicyError(f"no policy is called '{name}'; installed: {', '.join(policy_names()) or 'none'}")
@@ -147,4 +191,9 @@ def make_policy(name: str, **options: Any) -> Policy:
     policy = factory(**options)
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy '{name}' is a {type(policy).__name__}, which lacks reset, act or action_spec")
-    return policy
+    if reuse is None:
+        return policy
+    from mllm.reuse import ReuseConfig
+    from mllm.reuse_policy import with_reuse
+
+    return with_reuse(policy, ReuseConfig.parse(reuse))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mllm.actions import ActionStatistics, ActionTokens, gripper_to_command
+from mllm.compress import CompressConfig
 from mllm.config import VLAConfig, named_config
 from mllm.decoder import TokenHook
 from mllm.engine import compile_model
 from mllm.errors import PolicyError
-from mllm.generate import ActionDecoder
+from mllm.generate import ActionDecoder, Choice, compressor
 from mllm.hf_config import WEIGHTS
-from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation
-from mllm.preprocess import Preprocess
+from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation, TokenLayout
+from mllm.preprocess import CROP_AREA, Preprocess
 from mllm.tokenizer import Tokenizer, WordTokenizer
 from mllm.vla import VLA, init_random
 
@@ -37,6 +41,8 @@ class VLAPolicy:
     statistics: name in `VLAConfig.statistics` of the data set whose units the model's actions have; None for the only
     one there is, or, where there is none, for actions that are commands already.
     restricted, hook: see `mllm.generate.ActionDecoder`.
+    compress: which visual tokens the decoder keeps, in place of a hook; may be set between two actions too, and holds
+        from the next frame that the model looks at. Setting it raises PolicyError where the model cannot keep so many.
     threads: of torch on the CPU, for the whole process; None leaves them. For a model like the mini more than one pay
         only on free cores with OMP_WAIT_POLICY=active; see `mllm`.
     execute: 1 to the model's chunk; None is the checkpoint's own.
@@ -53,6 +59,7 @@ class VLAPolicy:
         statistics: str | None = None,
         restricted: bool = True,
         hook: TokenHook | None = None,
+        compress: CompressConfig | None = None,
         threads: int | None = None,
         execute: int | None = None,
         compile: bool = False,
@@ -70,20 +77,43 @@ class VLAPolicy:
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self.render = dict(config.render)
         self._statistics = choose_statistics(config, statistics)
+        side = math.isqrt(model.vision_backbone.tokens // len(config.cameras))
+        area = CROP_AREA if config.images.centre_crop else 1.0
+        self.layout = TokenLayout(config.cameras, side, side, area, config.images.mirror)
         self.preprocess = Preprocess(config)
         self._tokens = ActionTokens(config.action_bins, config.token_vocab)
         if compile:
             compile_model(model)
+        if hook is not None and compress is not None:
+            raise PolicyError(f"a hook was given beside {compress}: the decoder has one, so give one of them")
         self.decoder = ActionDecoder(model, restricted, hook)
         # Prompts of a new length are compiled and recorded before an episode, not in it.
         self._rehearses = compile or model.device.type == "cuda"
         self._episode: VLAEpisode | None = None
+        self._compress = CompressConfig()
+        if compress is not None:
+            self.compress = compress
+
+    @property
+    def compress(self) -> CompressConfig:
+        return self._compress
+
+    @compress.setter
+    def compress(self, config: CompressConfig) -> None:
+        self.decoder.hook = compressor(self.model, config)
+        self._compress = config
+        if self._episode is not None and self._rehearses:
+            self._rehearse(self._episode.text)
+
+    def configure(self, compress: str | Mapping[str, Any] | None = None, keep: int | None = None) -> None:
+        """See `mllm.policy.Tunable` and `mini_policy`; what is not named stays as it is."""
+        self.compress = CompressConfig.of(compress or {}, keep or None, self._compress)
 
     def reset(self, instruction: str) -> None:
         """Starts an episode. Raises PolicyError: no instruction, or one that leaves the model no room."""
         episode = self.begin(instruction)
         if self._rehearses:
-            self.act_batch([self.begin(instruction)], [make_example(self.config)])
+            self._rehearse(episode.text)
         self._episode = episode
 
     def begin(self, instruction: str) -> VLAEpisode:
@@ -94,7 +124,10 @@ class VLAPolicy:
 
     def warm_up(self) -> None:
         """Runs the model once on a made-up observation, so that the first real one does not pay for allocations."""
-        self.act_batch([self.begin("do nothing")], [make_example(self.config)])
+        self._rehearse(self.begin("do nothing").text)
+
+    def _rehearse(self, text: list[int]) -> None:
+        self.act_batch([VLAEpisode(text)], [make_example(self.config)])
 
     def act(self, observation: Observation) -> ActionStep:
         """See `act_batch`. Raises PolicyError: no episode has begun."""
@@ -105,33 +138,37 @@ class VLAPolicy:
     @torch.inference_mode()
     def act_batch(self, episodes: Sequence[VLAEpisode], observations: Sequence[Observation]) -> list[ActionStep]:
         """The actions for one instant of several episodes, and seconds that all of them together spent on
-        "preprocess", "vision", "prefill" and "decode"; none where the action is left of an earlier chunk.
+        "preprocess", "vision", "select" (where the decoder may drop tokens), "prefill" (the rest of it) and "decode";
+        none where the action is left of an earlier chunk.
 
         flags: "prompt_tokens" where the model ran; "chunk_step", the number of the action, where chunks have several.
         Raises PolicyError: an observation without what the model looks at.
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
         timing: dict[str, float] = {}
-        kept_of: dict[int, np.ndarray | None] = {}
+        seen: dict[int, dict[str, np.ndarray | None]] = {}
         length = 0
         if looking:
             texts = [episodes[i].text for i in sorted(looking)]
-            chunks, all_kept, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
-            for i, chunk, kept in zip(sorted(looking), chunks, all_kept, strict=True):
-                episodes[i].chunk, kept_of[i] = chunk[: self.execute], kept
+            chunks, choice, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
+            tokens = choice.visual(len(texts), self.model.vision_backbone.tokens)
+            for i, chunk, (kept, merged) in zip(sorted(looking), chunks, tokens, strict=True):
+                episodes[i].chunk = chunk[: self.execute]
+                seen[i] = {"kept": kept, "merged": merged, "plan": chunk if self.config.chunk > 1 else None}
         steps = []
         for i, episode in enumerate(episodes):
             flags = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
             if i in looking:
                 flags["prompt_tokens"] = length
-            steps.append(ActionStep(episode.chunk[0], timing if i in looking else {}, flags, kept_of.get(i)))
-            episode.chunk = episode.chunk[1:]
+            action, episode.chunk = episode.chunk[0], episode.chunk[1:]
+            spent = timing if i in looking else {}
+            steps.append(ActionStep(action, spent, flags, **seen.get(i, {}), left=len(episode.chunk)))
         return steps
 
     def _infer(
         self, texts: list[list[int]], observations: list[Observation]
-    ) -> tuple[np.ndarray, list[np.ndarray | None], dict[str, float], int]:
-        """Returns (B, chunk, 7) commands, `ActionStep.kept` of each, seconds a stage, and the prompt's length."""
+    ) -> tuple[np.ndarray, Choice, dict[str, float], int]:
+        """Returns (B, chunk, 7) commands, which tokens were kept, seconds a stage, and the prompt's length."""
         clock = [time.perf_counter()]
 
         def lap() -> None:
@@ -150,9 +187,12 @@ class VLAPolicy:
         lap()
         commands = self.command(self.decoder.decode(first).float().cpu().numpy())
         lap()
-        stages = ("preprocess", "vision", "prefill", "decode")
-        timing = {stage: after - before for stage, before, after in zip(stages, clock[:-1], clock[1:], strict=True)}
-        return commands, self.decoder.kept_tokens(len(texts), visual.shape[1]), timing, int(prompt[0].shape[1])
+        preprocess, vision, prefill, decode = (after - before for before, after in pairwise(clock))
+        timing, choice = {"preprocess": preprocess, "vision": vision}, self.decoder.choice
+        if self.decoder.hook is not None:
+            timing["select"] = choice.seconds
+        timing |= {"prefill": prefill - choice.seconds, "decode": decode}
+        return commands, choice, timing, int(prompt[0].shape[1])
 
     def _proprio(self, observations: list[Observation]) -> Tensor | None:
         statistics = self.config.proprio_statistics
@@ -209,14 +249,14 @@ def make_example(config: VLAConfig) -> Observation:
 
 
 def random_policy(
-    name: str, seed: int, threads: int | None, dtype: torch.dtype = torch.float32, compile: bool = False
+    name: str, seed: int, threads: int | None, dtype: torch.dtype = torch.float32, **options: Any
 ) -> VLAPolicy:
-    """The named model with random weights and the words of LIBERO."""
+    """The named model with random weights and the words of LIBERO; options: of `VLAPolicy`."""
     config = named_config(name)
     tokenizer = WordTokenizer()
     if tokenizer.size > config.action_ids[0]:
         raise PolicyError(f"'{name}' has room for {config.action_ids[0]} words: the vocabulary has {tokenizer.size}")
-    return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads, compile=compile)
+    return VLAPolicy(init_random(VLA(config), seed).to(dtype), tokenizer, threads=threads, **options)
 
 
 def mini_policy(
@@ -227,6 +267,8 @@ def mini_policy(
     execute: int | None = None,
     dtype: str = "float32",
     compile: bool = False,
+    compress: str | Mapping[str, Any] = "none",
+    keep: int | None = None,
 ) -> VLAPolicy:
     """The `mini` of the `flashvla.policies` group.
 
@@ -234,15 +276,25 @@ def mini_policy(
     package, or with a seed random ones.
     dtype: "float32", or "bfloat16", which rounds to three digits and is faster where the processor multiplies it.
     threads, statistics, execute, compile: see `VLAPolicy`.
+    compress, keep: see `mllm.compress.CompressConfig`: a method and the visual tokens that it keeps, such as "flashvla"
+    and 80; or in place of the method a mapping of any of its fields, {"method": "flashvla", "centre": true}.
     """
     if dtype not in ("float32", "bfloat16"):
         raise PolicyError(f"dtype is {dtype!r}: choose float32 or bfloat16")
-    precision = getattr(torch, dtype)
+    precision, chosen = getattr(torch, dtype), CompressConfig.of(compress, keep)
     if seed is not None:
         if checkpoint:
             raise PolicyError(f"seed is {seed} and checkpoint {checkpoint!r}: random weights, or these, not both")
-        return random_policy("mini", seed, threads, precision, compile)
+        return random_policy("mini", seed, threads, precision, compile=compile, compress=chosen)
     from mllm.checkpoint import load_checkpoint
 
     model, tokenizer = load_checkpoint(checkpoint or WEIGHTS / "mini", dtype=precision)
-    return VLAPolicy(model, tokenizer, statistics=statistics or None, threads=threads, execute=execute, compile=compile)
+    return VLAPolicy(
+        model,
+        tokenizer,
+        statistics=statistics or None,
+        compress=chosen,
+        threads=threads,
+        execute=execute,
+        compile=compile,
+    )

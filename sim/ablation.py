@@ -11,7 +11,7 @@ import numpy as np
 from mllm.policy import ActionStep, BatchedPolicy, Observation, make_policy
 from sim.batching import is_batched
 from sim.errors import ConfigurationError
-from sim.tasks import SUITES, TaskSpec, suite_tasks
+from sim.tasks import SUITES, TaskSpec, possible, suite_tasks
 
 
 class Ablated:
@@ -79,13 +79,7 @@ def other_task(task: TaskSpec) -> TaskSpec:
     following = [tasks[(task.index + step) % len(tasks)] for step in range(1, len(tasks))]
     if task.suite != "libero_object":
         return following[0]
-    scene = task.bddl_file.read_text(encoding="utf-8")
-    there = [other for other in following if f"{item_of(other)}_1" in scene]
+    there = [other for other in following if other in possible(task)]
     if not there:
         raise ConfigurationError(f"the scene of {task.language!r} holds no object of another task")
     return there[0]
-
-
-def item_of(task: TaskSpec) -> str:
-    """The object of a task of libero_object, as its scenes name it: "pick up the milk and place ..." is about milk."""
-    return task.language.removeprefix("pick up the ").partition(" and place")[0].replace(" ", "_")

@@ -20,7 +20,7 @@ from sim.demonstrate import demonstrate
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError
 from sim.executor import Noise, NoisyExpert
-from sim.tasks import find_task, suite_tasks
+from sim.tasks import check_draw, find_task, suite_tasks
 from sim.workers import Pool
 
 Job = tuple[int, int]  # task, seed
@@ -33,6 +33,7 @@ class CollectConfig:
     tasks: indices; none means all.  episodes: attempted for each task, with the seeds `seed` to `seed + episodes - 1`.
     images: "raw" or "webp", see `mllm.demonstrations`.  renderer, stepper, image_size, step_limit: see
     `sim.env.EnvConfig`.
+    draw: how starts are drawn, see `sim.tasks.DRAWS`.
     policy: who acts; None is the expert, disturbed by `noise`.
     turn: episodes of one task before the next one has its turn: few keep a stopped collection balanced, and many build
     fewer scenes, which takes about as long as an episode.
@@ -47,6 +48,7 @@ class CollectConfig:
     stepper: str = "fast"
     image_size: int = 128
     step_limit: int | None = None
+    draw: str = "sampled"
     noise: Noise = field(default_factory=Noise)
     policy: PolicyMix | None = None
     turn: int = 5
@@ -63,6 +65,7 @@ class CollectConfig:
             raise ConfigurationError(f"CollectConfig.seed is {self.seed}: it must be from 0 to {2**32 - self.episodes}")
         if self.images not in IMAGE_FORMATS:
             raise ConfigurationError(f"CollectConfig.images is {self.images!r}: choose {' or '.join(IMAGE_FORMATS)}")
+        check_draw(self.suite, self.draw)
         self.env(self.tasks[0])
 
     def env(self, task: int) -> EnvConfig:
@@ -134,7 +137,7 @@ class Collector:
         task, seed = job
         env = self._environment(task)
         try:
-            demonstration = demonstrate(env, self._executor, seed)
+            demonstration = demonstrate(env, self._executor, seed, self._config.draw)
         except ConfigurationError:
             raise
         except Exception:  # of the simulator, the expert or a policy

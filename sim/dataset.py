@@ -122,11 +122,13 @@ class SuiteFolder:
             self._write()
 
     def summarise(self) -> None:
-        """Writes the counts, and LIBERO's file of each task that has demonstrations."""
+        """Writes the counts, and LIBERO's file of each task that has demonstrations. It has room for one instruction:
+        shuffled episodes have none.
+        """
         for task, kept in self._steps.items():
             entry = self._manifest["tasks"][str(task)]
             entry["demonstrations"], entry["frames"] = len(kept), sum(kept.values())
-            if kept:
+            if kept and self._manifest["settings"].get("draw") != "shuffled":
                 self._link(task, sorted(kept), entry["frames"])
         self._write()
 

@@ -17,14 +17,14 @@ from sim.world import CONTROL_FREQ
 LOST_LIMIT = 20
 
 
-def demonstrate(env: LiberoEnv, executor: Executor, seed: int) -> Demonstration:
-    """An episode from a reset that `seed` samples: `executor` acts, the expert labels.
+def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "sampled") -> Demonstration:
+    """An episode from a start that `seed` draws, see `sim.tasks.DRAWS`: `executor` acts, the expert labels.
 
     It follows from its arguments alone: the executor draws from a generator of this seed and task.
     Raises what the expert, the executor or the environment raises.
     """
+    observation, _ = env.reset(seed=seed, options={"init_state": draw})
     task = env.task
-    observation, _ = env.reset(seed=seed, options={"init_state": "sampled"})
     expert = make_expert(env)
     expert.reset(task.language)
     executor.reset(task.language, np.random.default_rng([seed, SUITES.index(task.suite), task.index]))

@@ -14,7 +14,7 @@ from mllm.policy import PROPRIO_SIZES, Observation
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.render import check_renderer, make_renderer
 from sim.stepping import STEPPERS, check_stepper
-from sim.tasks import STEP_LIMITS, check_suite, find_task, load_init_states
+from sim.tasks import STEP_LIMITS, asked, check_draw, check_suite, find_task, item_of, load_init_states
 from sim.versions import provenance, warn_about_mujoco
 from sim.world import CONTROL_FREQ, GL_BACKENDS, Privileged, World
 
@@ -123,8 +123,10 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         """Starts an episode and lets it settle.
 
         seed: of this episode; None is the configuration's, every time.
-        options: {"init_state": i} for the official initial state i (default 0), or {"init_state": "sampled"} for
-        objects placed at random by `seed`. Equal arguments give equal episodes, whatever came before.
+        options: {"init_state": i} for the official initial state i (default 0), {"init_state": "sampled"} for objects
+        placed at random by `seed` as LIBERO does, or {"init_state": "shuffled"} for objects of libero_object that then
+        exchange places, with an instruction about any of them. Equal arguments give equal episodes, whatever came
+        before. `task` has the episode's instruction then.
         Raises ConfigurationError: unknown option or initial state.
         """
         super().reset(seed=seed)
@@ -140,7 +142,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         settle = self.config.settle_steps
         # Only the last sample before the policy's first look is worth drawing.
         self._world.sampler = None if settle else self._sample
-        self._world.reset(seed, state)
+        self.task = asked(self.task, chosen, seed)
+        self._world.reset(seed, state, item=f"{item_of(self.task)}_1" if chosen == "shuffled" else None)
         for left in range(settle, 0, -1):
             self._world.sampler = self._sample if left == 1 else None
             self._stepper.step(NO_OP)
@@ -152,14 +155,15 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         return self._observation, self._info(False, time.perf_counter() - started)
 
     def _init_state(self, chosen: Any) -> np.ndarray | None:
-        if isinstance(chosen, str) and chosen == "sampled":
+        if isinstance(chosen, str):
+            check_draw(self.task.suite, chosen)
             return None
         whole = isinstance(chosen, (int, np.integer)) and not isinstance(chosen, bool)
         if whole and 0 <= chosen < len(self.init_states):
             return self.init_states[int(chosen)]
         raise ConfigurationError(
             f"no initial state {chosen!r} in {self.task.suite} task {self.task.index}; "
-            f"choose 0 to {len(self.init_states) - 1}, or 'sampled'"
+            f"choose 0 to {len(self.init_states) - 1}, 'sampled' or 'shuffled'"
         )
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -225,6 +229,22 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     def state(self) -> np.ndarray:
         """The simulator's state now: (1 + nq + nv,) float64, [time s, qpos, qvel]; the layout of initial states."""
         return self._world.state()
+
+    def move_object(self, name: str, shift: np.ndarray) -> dict[str, Any]:
+        """Moves an object now, as a hand from outside would between two steps, and takes the observation again.
+
+        shift: (3,) m in the world frame.  Returns the observation.
+        Raises ConfigurationError: the scene has no movable object of that name.
+        """
+        world = self._world.privileged()
+        movable = [known for known, body in world.body_ids.items() if world.model.body_dofnum[body] == 6]
+        if name not in movable:
+            raise ConfigurationError(f"no movable object is called {name!r}; choose one of: {', '.join(movable)}")
+        address = world.model.jnt_qposadr[world.model.body_jntadr[world.body_ids[name]]]
+        world.data.qpos[address : address + 3] += shift
+        world.domain.sim.forward()
+        self._sample()
+        return self._observation
 
     def privileged(self) -> Privileged:
         """The simulator itself, for scripted experts and tests; no policy may see it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from sim.errors import ConfigurationError
 from sim.results import EpisodeKey
-from sim.tasks import find_task, load_init_states, suite_tasks
+from sim.tasks import check_draw, find_task, load_init_states, suite_tasks
 
 
 def parse_numbers(text: str, name: str) -> tuple[int, ...]:
@@ -35,20 +35,23 @@ def parse_tasks(suite: str, text: str) -> tuple[int, ...]:
 
 
 def episode_keys(
-    suite: str, tasks: Iterable[int], states: Sequence[int], seed: int = 0, variant: str = "", sampled: bool = False
+    suite: str, tasks: Iterable[int], states: Sequence[int], seed: int = 0, variant: str = "", draw: str = ""
 ) -> list[EpisodeKey]:
     """One episode for each task and state.
 
-    states: numbers of official initial states, all with `seed`; where `sampled`, seeds that each draw a fresh state.
-    Raises ConfigurationError: a task that lacks one of these states.
+    states: numbers of official initial states, all with `seed`; with a `draw` of `sim.tasks.DRAWS`, seeds that
+        each draw a fresh state.
+    Raises ConfigurationError: a task that lacks one of these states, or that draw.
     """
+    if draw:
+        check_draw(suite, draw)
     keys = []
     for task in tasks:
         count = len(load_init_states(find_task(suite, task)))
-        if not sampled and max(states) >= count:
+        if not draw and max(states) >= count:
             raise ConfigurationError(f"{suite} task {task} has no initial state {max(states)}; choose 0 to {count - 1}")
         for number in states:
-            state, chosen = ("sampled", number) if sampled else (number, seed)
+            state, chosen = (draw, number) if draw else (number, seed)
             keys.append(EpisodeKey(suite, task, state, chosen, variant))
     return keys
 

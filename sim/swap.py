@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm.policy import Policy
-from sim.ablation import item_of, other_task
+from sim.ablation import other_task
 from sim.env import EnvConfig, LiberoEnv
+from sim.tasks import item_of
 
 SUITE = "libero_object"  # its scenes hold the objects of several of its tasks
 CARRIED = 0.05  # m above where it lay; our choice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,12 @@ INSTALL_HINT = "install it with: pip install 'flashvla_ros[sim]'"
 # Control steps an episode may take, after settling. Source: OpenVLA's LIBERO evaluation, where libero_90 has 400.
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SUITES = tuple(STEP_LIMITS)
+
+# How a start is drawn by a seed, as against an official initial state: "sampled" places objects at random as LIBERO
+# does. LIBERO always puts what a task of libero_object is about in one place, and asks for one object in one scene, so
+# that neither sight nor words are needed. "shuffled" exchanges the objects, and asks for any of them (our choice).
+DRAWS = ("sampled", "shuffled")
+SHUFFLED_SUITES = ("libero_object",)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,14 @@ def check_suite(suite: str) -> None:
     """Raises ConfigurationError unless `suite` is one of `SUITES`."""
     if suite not in STEP_LIMITS:
         raise ConfigurationError(f"no suite is called {suite!r}; choose one of: {', '.join(SUITES)}")
+
+
+def check_draw(suite: str, draw: str) -> None:
+    """Raises ConfigurationError unless starts of `suite` can be drawn in the way of `DRAWS` called `draw`."""
+    if draw not in DRAWS or (draw == "shuffled" and suite not in SHUFFLED_SUITES):
+        raise ConfigurationError(
+            f"no start is {draw!r} in {suite}: choose {' or '.join(DRAWS)} (only {', '.join(SHUFFLED_SUITES)})"
+        )
 
 
 @cache
@@ -93,6 +107,26 @@ def find_task(suite: str, task: int | str) -> TaskSpec:
         f"{suite} has no task called {task!r}; choose one of: "
         + "; ".join(f"{spec.index} {spec.language!r}" for spec in tasks)
     )
+
+
+def item_of(task: TaskSpec) -> str:
+    """The object of a task of libero_object, as its scenes name it: "pick up the milk and place ..." is about milk."""
+    return task.language.removeprefix("pick up the ").partition(" and place")[0].replace(" ", "_")
+
+
+def possible(task: TaskSpec) -> tuple[TaskSpec, ...]:
+    """Of libero_object, the tasks whose object lies in the scene of `task`, itself among them."""
+    scene = task.bddl_file.read_text(encoding="utf-8")
+    return tuple(other for other in suite_tasks(task.suite) if f"{item_of(other)}_1" in scene)
+
+
+def asked(task: TaskSpec, start: object, seed: int) -> TaskSpec:
+    """`task` with the instruction of an episode from a start: its own, or, "shuffled", the one that `seed` draws."""
+    spec = find_task(task.suite, task.index)
+    if not isinstance(start, str) or start != "shuffled":
+        return spec
+    others = possible(spec)
+    return replace(spec, language=others[int(np.random.default_rng([seed, 2]).integers(len(others)))].language)
 
 
 def load_init_states(task: TaskSpec) -> np.ndarray:

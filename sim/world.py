@@ -130,6 +130,7 @@ class World:
             for name, item in self._objects()
             if hasattr(item, "object_properties")
         }
+        self._goal = self.domain.parsed_problem["goal_state"]
         self._mujoco = mujoco
         self.domain.sim.reset = self._reset_data
         kinds = mujoco.mjtWarning
@@ -148,10 +149,12 @@ class World:
     def _objects(self) -> list[tuple[str, Any]]:
         return [*self.domain.objects_dict.items(), *self.domain.fixtures_dict.items()]
 
-    def reset(self, seed: int, init_state: np.ndarray | None = None) -> None:
+    def reset(self, seed: int, init_state: np.ndarray | None = None, item: str | None = None) -> None:
         """Puts the scene where a hard reset after `seed` puts it; then, if given, sets an initial state.
 
         init_state: (1 + nq + nv,) float64, [time s, qpos, qvel].
+        item: the name of the object that the goal is about; where given, the movable objects, but for those that
+        others shall go into, exchange places by `seed`. None is the task's, with every object in its place.
         The result depends on the arguments alone. LIBERO's own hard reset appends its drawer samplers once more at
         every reset, so the draws behind a fixture's pose depend on how many episodes came before; here they never do.
         Raises EnvironmentFault: no valid placement was found.
@@ -176,10 +179,25 @@ class World:
                         ) from error
         if init_state is not None:
             self.domain.sim.set_state_from_flattened(init_state)
+        if item is not None:
+            self._shuffle(np.random.default_rng([seed, 1]))
+        self.domain.parsed_problem["goal_state"] = [
+            [predicate, item or own, *rest] for predicate, own, *rest in self._goal
+        ]
+        if init_state is not None or item is not None:
             self.domain.sim.forward()
             self.domain._check_success()
             self.domain._post_process()
             self.domain._update_observables(force=True)
+
+    def _shuffle(self, rng: np.random.Generator) -> None:
+        """Objects exchange their places on the floor, and keep their own height and orientation."""
+        targets = [target for _, _, *named in self._goal for target in named]
+        items = [
+            item for name, item in self.domain.objects_dict.items() if not any(t.startswith(name) for t in targets)
+        ]
+        addresses = np.array([self.model.joint(item.joints[0]).qposadr[0] for item in items])
+        self.data.qpos[addresses[:, None] + (0, 1)] = self.data.qpos[rng.permutation(addresses)[:, None] + (0, 1)]
 
     def _reset_data(self) -> None:
         # A hard reset runs a forward pass on its new data and another for its new renderer, and what they leave in the

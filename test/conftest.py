@@ -1,4 +1,4 @@
-"""What the tests of several packages share: made-up demonstrations, and a model that is quick to train on some.
+"""What the tests of several packages share: demonstrations made up, a model that is quick to train on some, a LLaVA.
 
 `demonstrations` are of a world that is quick to learn: an image with a bright square, and actions that point at it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +113,59 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     save_checkpoint(folder, init_random(VLA(config), 0), WordTokenizer())
     return folder
+
+
+@pytest.fixture(scope="session")
+def their_llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A small random LLaVA of transformers' own, its processor, and the folder into which transformers saved both.
+
+    28 pixels, 16 visual tokens, 4 layers, 96 positions; <image> is id 4 and the end 2, of 40.
+    """
+    import torch
+
+    from mllm.torchvision_import import import_beside_torchvision
+
+    transformers = import_beside_torchvision("transformers")
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=7, **vision),
+        text_config=transformers.LlamaConfig(
+            num_key_value_heads=2, vocab_size=40, max_position_embeddings=96, pad_token_id=3, **text
+        ),
+        image_token_index=4,
+        image_seq_length=16,
+    )
+    torch.manual_seed(3)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        scale = "norm" in name and name.endswith("weight")
+        parameter.data.normal_(std=0.2).add_(1.0 if scale else 0.0)
+    processor, folder = _llava_processor(transformers), tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor, folder
+
+
+def _llava_processor(transformers: Any) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = (
+        "<unk> <s> </s> <pad> <image> USER : ASSISTANT what is it on the table ? where red cube of soup and blue bowl"
+    )
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words.split())}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        additional_special_tokens=["<image>"],
+    )
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return transformers.LlavaProcessor(
+        images, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )

@@ -36,6 +36,10 @@ WEDGE = 0.008  # m: up to here faces count as parallel
 MAX_WEDGE = 0.03  # m: beyond it the fingers slide off a corner
 # Parts of an object's radius: how far from its middle it is held where things are in the way there.
 BESIDE = (-0.75, -0.6, -0.45, -0.3, 0.3, 0.45, 0.6, 0.75)
+# A bowl is held at the side towards the robot's middle line, and not at its far half, by a margin: where millimetres
+# decide that no camera can tell, demonstrations contradict each other, and who learns from them aims between two sides.
+MIDDLE = 20.0  # /m^2
+FAR, FAR_SIDE = 0.6, 0.005  # from how many m beyond the middle
 LOPSIDED = 0.01  # m from the middle of an object to its mass, beyond which it is held by that: it has a handle
 TOUCHES = 0.005  # m of intrusion that counts as in the way
 
@@ -139,13 +143,14 @@ def _intrusion(scene: Scene, position: np.ndarray, yaw: float, own: bool) -> flo
 
 def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarray, container: bool) -> Grasp | None:
     """The best grasp of the scene's object: clear of everything here and where the object goes, within reach, narrow,
-    near, and with little turning of the wrist.
+    near, towards the robot's middle line, and with little turning of the wrist.
 
     hand, base: (2,) m, where the gripper and the robot's base are.  move: (3,) m, by which the object will be carried.
     container: whether it goes into something; its walls are left out, since the object may drop in from above them.
     None: every side is wider than the open gripper, or slides out of it.
     """
     points = body_points(scene.model, scene.data, scene.body)
+    centre = 0.5 * (points.min(0) + points.max(0))
 
     def assess(position: np.ndarray, yaw: float, width: float, wedge: float) -> Grasp:
         reach = max(float(np.linalg.norm(place[:2] - base)) for place in (position, position + move))
@@ -157,6 +162,8 @@ def find_grasp(scene: Scene, hand: np.ndarray, base: np.ndarray, move: np.ndarra
             + 25.0 * max(0.0, reach - REACH)
             + 100.0 * (max(0.0, width - WALL) + max(0.0, wedge - WEDGE))
             + 0.5 * abs(yaw)
+            + MIDDLE * float(position[1] - base[1]) ** 2
+            + FAR * bool(position[0] - centre[0] > FAR_SIDE)
             + 0.15 * float(np.linalg.norm(position[:2] - hand))
         )
         return Grasp(position, yaw, width, intrusion, score)

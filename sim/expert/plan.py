@@ -12,6 +12,7 @@ from sim.expert.servo import FUNNEL_SLOPE, STEEP_SLOPE
 
 CLEARANCE = 0.03  # m over everything on the way; this and the next are our choice
 LEAST_RISE = 0.05  # m to come from above, and to lift
+BESIDE = 0.07  # m from the grip site: what stands nearer, and higher than the palm, is come down beside steeply
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def make_plan(scene: Scene, hand: np.ndarray, base: np.ndarray, target: np.ndarr
     palm = highest(hand, hold[:2], PALM_HALF_LENGTH) - PALM
     hover = max(max(fingers, palm) + CLEARANCE, top + LEAST_RISE)
 
-    beside = highest(hold[:2], hold[:2], PALM_HALF_LENGTH) > float(hold[2]) + PALM
+    steep = highest(hold[:2], hold[:2], BESIDE) > float(hold[2]) + PALM
 
     radius = float(np.linalg.norm(points[:, :2] - origin[:2], axis=1).max()) + 0.01
     item_rise = highest(origin[:2], target[:2], radius) - low
@@ -78,7 +79,7 @@ def make_plan(scene: Scene, hand: np.ndarray, base: np.ndarray, target: np.ndarr
         yaw=grasp.yaw,
         points=(points - origin) @ rotation,
         hover=hover,
-        slope=STEEP_SLOPE if beside else FUNNEL_SLOPE,
+        slope=STEEP_SLOPE if steep else FUNNEL_SLOPE,
         carry=carry,
         rest=rest - float(target[2]),
     )

@@ -73,6 +73,20 @@ def test_the_shipped_policy_solves_a_task_from_its_cameras_through_ros(ros_envir
     assert 20 < report["steps"] < 220
 
 
+def test_an_interrupted_demo_stops_its_nodes_and_says_so_without_a_traceback(ros_environment, tmp_path):
+    process = subprocess.Popen([*FLASHVLA, "demo", "--json", "--runs", str(tmp_path)], stdout=-1, stderr=-1, text=True)
+    while len(children(process.pid)) < 3:
+        assert process.poll() is None
+        os.sched_yield()
+    nodes = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "flashvla: interrupted" in errors
+    assert "Traceback" not in errors
+    assert not any(alive(pid) for pid in nodes)
+
+
 def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
     import resource
 

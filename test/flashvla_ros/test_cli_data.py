@@ -48,3 +48,12 @@ def test_export_writes_a_dataset_and_says_how_much(make_demonstration, tmp_path,
 def test_export_of_nothing_is_wrong_usage(tmp_path, capsys):
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "no demonstration" in capsys.readouterr().err
+
+
+def test_a_threshold_is_calibrated_on_demonstrations(make_demonstration, tmp_path, capsys):
+    write_demonstration(tmp_path / "seed_00000000.hdf5", make_demonstration(phase_names=("a", "b", "c")))
+    assert main(["calibrate", str(tmp_path), "--quantile", "0.5"]) == 0
+    assert "50 % of 3 frames of 1 episodes exceed it" in capsys.readouterr().out
+    for wrong, message in (("--quantile 1", "quantile is 1.0"), ("--episodes 0", "--episodes is 0")):
+        assert main(["calibrate", str(tmp_path), *wrong.split()]) == 2
+        assert message in capsys.readouterr().err

@@ -12,6 +12,8 @@ from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import TwistStamped
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -96,6 +98,26 @@ class Camera:
     def answered(self, count):
         self.ros.wait(lambda: len(self.twists) >= count and len(self.grippers) >= count, what=f"for answer {count}")
         return read_twist(self.twists[count - 1])[0]
+
+    def done(self, count):
+        """What was done in the first `count` steps: c where the policy computed, r where its last action was reused."""
+        while len(self.steps) < count:
+            before = len(self.steps)
+            self.show(brightness=0)
+            self.ros.wait(lambda before=before: len(self.steps) > before)
+        return "".join(m.status[0].message[0] for m in self.steps[:count])
+
+    def set(self, **parameters):
+        """Sets parameters of the policy; returns whether it took the last one, and why not."""
+        values = [Parameter(name, value=value).to_parameter_msg() for name, value in parameters.items()]
+        result = self.ros.call(SetParameters, "/policy/set_parameters", SetParameters.Request(parameters=values))
+        return result.results[-1].successful, result.results[-1].reason
+
+    def counted(self, name, value):
+        self.ros.wait(
+            lambda: self.diagnostics and values_of(self.diagnostics[-1].status[0]).get(name) == str(value),
+            what=f"for {name} {value}",
+        )
 
     def reported(self, text):
         return self.ros.wait(lambda: [m for m in self.diagnostics if text in m.status[0].message], what=f"for {text!r}")
@@ -236,6 +258,63 @@ def test_only_the_newest_of_many_images_is_answered_last(ros, nodes, third_party
     assert stamps == sorted(set(stamps))
 
 
+def test_reuse_is_a_parameter_that_holds_from_the_next_frame_on(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    assert camera.done(3) == "ccc"
+    assert camera.set(reuse="paper") == (True, "")
+    assert camera.done(6) == "cccccr"
+    successful, reason = camera.set(reuse="sometimes")
+    assert not successful
+    assert "choose one of off, paper, gated" in reason
+    assert camera.done(9) == "cccccrccr"
+    assert camera.set(reuse=False) == (True, "")  # what `ros2 param set` makes of off
+    assert camera.done(12) == "cccccrccrccc"
+    values = values_of(camera.steps[8].status[0])
+    assert values["reuse_reason"] == "reused"
+    assert float(values["reuse_ms"]) > 0
+    camera.counted("reused", 2)
+    assert values_of(camera.diagnostics[-1].status[0])["reuse computed-cap"] == "2"
+
+
+def test_a_policy_that_keeps_all_tokens_refuses_another_number(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    successful, reason = camera.set(compress="flashvla")
+    assert not successful
+    assert "cannot change compress" in reason
+    assert camera.done(1) == "c"
+
+
+def test_reuse_may_also_be_an_option_of_the_policy(ros, nodes, third_party):
+    camera = Camera(ros, nodes, options={"reuse": {"mode": "gated", "max_consecutive": 2}}).ready()
+    assert camera.done(6) == "ccrrcc"
+
+
+def test_after_a_new_instruction_or_a_reset_nothing_is_reused(ros, nodes, third_party):
+    camera = Camera(ros, nodes, reuse="paper").ready()
+    assert camera.done(5) == "ccrcc"
+    camera.ready("open the drawer")
+    assert camera.done(8) == "ccrccccr"
+    values = values_of(camera.steps[5].status[0])
+    assert (values["instruction"], values["reuse_reason"]) == ("open the drawer", "computed-first-steps")
+
+
+def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, third_party):
+    camera = Camera(ros, nodes, reuse="paper")
+    # The n-th action of this policy that was not reused is 0.5 n mm long: the fourth is the first over the limit.
+    gate = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0}
+    nodes.start("robot", only=("command_gate",), command_gate={**gate, "max_translation": 0.0019})
+    decisions = ros.listen(DiagnosticArray, "/command_gate/decision")
+    ros.wait(lambda: ros.node.count_subscribers("/command_gate/decision") >= 2)
+    ros.wait(lambda: ros.node.count_subscribers("/policy/command") >= 2)
+    ros.wait(lambda: ros.node.count_subscribers("/policy/gripper_command") >= 2)
+    camera.ready()
+    assert camera.done(5) == "ccrcc"
+    ros.wait(lambda: len(decisions) >= 5)
+    assert [message.status[0].message for message in decisions] == [*["passed"] * 4, "clamped"]
+    camera.counted("corrected", 1)
+    assert camera.done(6) == "ccrccc"  # without the clamp it would be reused here
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
@@ -249,6 +328,7 @@ def test_only_the_newest_of_many_images_is_answered_last(ros, nodes, third_party
         ({"policy": "replay", "policy_options": '{"episode": "/nowhere.safetensors"}'}, "/nowhere.safetensors"),
         ({"cameras": ["front"]}, "NAME=TOPIC"),
         ({"image_transport": "smoke"}, "image_transport"),
+        ({"reuse": "sometimes"}, "choose one of off, paper, gated"),
     ],
 )
 def test_wrong_configuration_ends_the_node_with_status_2_naming_it(nodes, third_party, parameters, said):

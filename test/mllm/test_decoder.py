@@ -106,6 +106,27 @@ def test_asking_for_the_last_outputs_only_changes_none_of_them(models, last):
 
 
 @torch.no_grad()
+def test_a_cache_of_another_size_goes_on_where_it_was(models):
+    ours, _ = models
+    hidden, step, places = torch.randn(2, 7, ours.model.config.hidden_size), torch.tensor([[6]]), torch.arange(6)[None]
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[1, 2] = False
+    answers = []
+    for capacity in (None, 7, 20):
+        cache = KVCache(ours.model.config, 2, 9)
+        ours.model(hidden[:, :6], places, valid=valid, cache=cache)
+        before = cache.bytes
+        if capacity:
+            with pytest.raises(ValueError, match="6 slots are used: they do not fit 5"):
+                cache.resize(5)
+            cache.resize(capacity)
+            assert cache.bytes == before // 9 * capacity
+        answers.append(ours.model(hidden[:, 6:], step, cache=cache))
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+@torch.no_grad()
 def test_the_cache_refuses_what_does_not_fit_it_and_serves_again_once_cleared(models):
     ours, _ = models
     cache = KVCache(ours.model.config, 1, 8)

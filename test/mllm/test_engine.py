@@ -68,7 +68,7 @@ def test_a_static_step_equals_the_decoders_own(model, texts, hook):
     caches = [KVCache(TINY.decoder, batch, length + spare) for spare in (3, 17)]
     for cache in caches:
         language.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
-    loop = TokenLoop(model, caches[1], TINY.action_ids, 4)
+    loop = TokenLoop(model.language_model, caches[1], TINY.action_ids, 4)
     loop.load(positions[:, -1:] + 1)
     for done in range(3):
         token = torch.randn(batch, 1, 64)

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("torch")
 
 from mllm.policy import Observation
-from sim.ablation import Blind, Misled, item_of, other_task
+from sim.ablation import Blind, Misled, other_task
 from sim.errors import ConfigurationError
-from sim.tasks import suite_tasks
+from sim.tasks import item_of, suite_tasks
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 RANDOM = {"seed": 0}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from sim.bench import sample_actions
 from sim.env import EnvConfig, LiberoEnv, openvla_view
 from sim.errors import ConfigurationError, EnvironmentFault
+from sim.tasks import find_task, item_of
 
 
 def play(env: LiberoEnv, init_state: int | str, seed: int | None = None, steps: int = 4) -> np.ndarray:
@@ -113,9 +115,9 @@ def test_an_impossible_action_is_refused_by_value(env: LiberoEnv, action: np.nda
         env.step(action)
 
 
-@pytest.mark.parametrize("init_state", [50, -1, True, "random", None])
+@pytest.mark.parametrize("init_state", [50, -1, True, "random", "shuffled", None])
 def test_an_unknown_initial_state_is_refused(env: LiberoEnv, init_state: object) -> None:
-    with pytest.raises(ConfigurationError, match="choose 0 to 49, or 'sampled'"):
+    with pytest.raises(ConfigurationError, match=r"choose (0 to 49, )?'?sampled'? or '?shuffled"):
         env.reset(options={"init_state": init_state})
 
 
@@ -185,3 +187,44 @@ def test_nothing_is_printed_while_an_environment_lives() -> None:
     environment = {**os.environ, "MUJOCO_GL": "osmesa"}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert json.dumps([ran.stdout, ran.stderr]) == json.dumps(["", ""])
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[LiberoEnv]:
+    env = LiberoEnv(EnvConfig("libero_object", 0, cameras=()))
+    yield env
+    env.close()
+
+
+def places(env: LiberoEnv, draw: str, seed: int) -> dict[str, np.ndarray]:
+    """Object -> (3,) m."""
+    env.reset(seed=seed, options={"init_state": draw})
+    privileged = env.privileged()
+    return {name: privileged.data.xpos[body].copy() for name, body in privileged.body_ids.items()}
+
+
+def test_shuffled_objects_exchange_places_and_the_basket_stays(objects: LiberoEnv) -> None:
+    before, after = places(objects, "sampled", 1), places(objects, "shuffled", 1)
+    np.testing.assert_allclose(before.pop("basket_1"), after.pop("basket_1"), atol=2e-3)
+    sampled, shuffled = np.array(list(before.values())), np.array(list(after.values()))
+    apart = np.linalg.norm(sampled[:, None, :2] - shuffled[None, :, :2], axis=2)
+    assert sorted(apart.argmin(0)) == list(range(len(sampled)))
+    assert apart.min(0).max() < 0.02
+    assert (np.diag(apart) > 0.05).sum() >= 2
+    np.testing.assert_allclose(sampled[:, 2], shuffled[:, 2], atol=5e-3)
+
+
+def test_a_shuffled_episode_asks_for_an_object_of_its_scene_and_the_next_official_one_for_its_own(
+    objects: LiberoEnv,
+) -> None:
+    asked_for = set()
+    for seed in range(6):
+        places(objects, "shuffled", seed)
+        ((_, item, _),) = objects.privileged().goal
+        assert item == f"{item_of(objects.task)}_1"
+        assert item in objects.privileged().body_ids
+        asked_for.add(item)
+    assert len(asked_for) > 1
+    objects.reset(options={"init_state": 0})
+    assert objects.task == find_task("libero_object", 0)
+    assert objects.privileged().goal[0][1] == "alphabet_soup_1"

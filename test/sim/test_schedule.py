@@ -32,7 +32,7 @@ def test_a_state_that_a_task_lacks_is_refused_before_anything_is_played() -> Non
 
 
 def test_sampled_episodes_have_seeds_of_their_own() -> None:
-    keys = episode_keys("libero_goal", (0,), (100, 101), sampled=True)
+    keys = episode_keys("libero_goal", (0,), (100, 101), draw="sampled")
     assert [(key.init_state, key.seed) for key in keys] == [("sampled", 100), ("sampled", 101)]
 
 

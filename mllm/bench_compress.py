@@ -1,0 +1,145 @@
+"""What choosing visual tokens costs beside what it saves: all arms by turns in one run, on the same observations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.bench import device_name, noise_observation, stage_summary
+from mllm.compress import METHODS, CompressConfig
+from mllm.config import NAMED, check_sizes
+from mllm.contribution import information_contribution
+from mllm.errors import PolicyError
+from mllm.flops import eigen_flops, step_flops, visual_flops
+from mllm.vla_policy import VLAPolicy, mini_policy, random_policy
+
+# OpenVLA's visual tokens after a layer; the size at which the score is compared with the authors' call.
+PUBLISHED = (256, 4096)
+
+
+@dataclass(frozen=True)
+class BenchCompressConfig:
+    """model: "mini" with its own weights, or another of `mllm.config.NAMED` with random ones.
+
+    methods, keep, per_camera: see `mllm.compress.CompressConfig`; every method is measured with all tokens kept too.
+    steps: answers measured of each arm.  device: "cpu" or "cuda".  threads: of torch on the CPU.
+    """
+
+    model: str = "mini"
+    methods: tuple[str, ...] = ("flashvla", "tokencarve", "fastv", "random")
+    keep: int = 80
+    per_camera: bool = False
+    steps: int = 50
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("model", tuple(NAMED)), ("device", ("cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise PolicyError(
+                    f"BenchCompressConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                )
+        wrong = [method for method in self.methods if method not in METHODS[1:]]
+        if wrong or not self.methods:
+            raise PolicyError(
+                f"BenchCompressConfig.methods is {self.methods}: name one or more of {', '.join(METHODS[1:])}"
+            )
+        check_sizes(self, {"keep": (1, 1 << 16), "steps": (1, 10_000), "threads": (1, 1024)})
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise PolicyError("BenchCompressConfig.device is 'cuda', and torch finds none here: choose 'cpu'")
+
+
+@torch.inference_mode()
+def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, Any]:
+    """Returns what JSON can hold.
+
+    "arms": "uncompressed", and for every method "METHOD all" and "METHOD KEEP", with p50, p99 and least milliseconds of
+    every stage and of the whole "step", and as shares of the uncompressed arm "step_share" (p50), "visual_flops",
+    "step_flops" (both without eigenvectors) and "eigen_flops". "select_share": p50 of choosing, of the uncompressed
+    step. "score": `information_contribution` of `PUBLISHED` size beside the authors' call, on one thread of the CPU.
+    """
+    config = config or BenchCompressConfig()
+    torch.set_num_threads(config.threads)
+    policy = mini_policy(threads=None) if config.model == "mini" else random_policy(config.model, 0, None)
+    policy.model.to(config.device)
+    policy = VLAPolicy(policy.model, policy.tokenizer)
+    tokens = policy.model.vision_backbone.tokens
+    arms = {"uncompressed": CompressConfig(keep=tokens)}
+    for method in config.methods:
+        chosen = CompressConfig(method, config.keep, per_camera=config.per_camera)
+        arms[f"{method} all"] = replace(chosen, keep=tokens)
+        arms[f"{method} {config.keep}"] = chosen
+    instruction = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    words = len(policy.tokenizer.prompt(instruction))
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for step in range(config.steps + 1):
+        observation = noise_observation(policy.model, step)
+        for name, compress in arms.items():
+            policy.compress = compress
+            # A prefill after a change sets up its cache anew; what is measured is the next.
+            for _ in range(2):
+                episode, started = policy.begin(instruction), time.perf_counter()
+                timing = policy.act_batch([episode], [observation])[0].timing
+                elapsed = time.perf_counter() - started
+            if step:
+                times[name].append({**timing, "step": elapsed})
+    whole, vision_whole = step_flops(policy.model, words)["step"], visual_flops(policy.config.decoder, tokens)
+    cameras = len(policy.config.cameras)
+    summaries = {name: stage_summary(steps) for name, steps in times.items()}
+    base = summaries["uncompressed"]["step"]["p50_ms"]
+    result: dict[str, Any] = {}
+    for name, compress in arms.items():
+        select = summaries[name].get("select", {}).get("p50_ms", 0.0)
+        result[name] = {
+            **summaries[name],
+            "step_share": round(summaries[name]["step"]["p50_ms"] / base, 3),
+            "select_share": round(select / base, 4),
+            "visual_flops": round(visual_flops(policy.config.decoder, tokens, compress) / vision_whole, 4),
+            "step_flops": round(step_flops(policy.model, words, compress)["step"] / whole, 4),
+            "eigen_flops": round(eigen_flops(tokens, cameras, compress) / whole, 4),
+        }
+    return {
+        "model": config.model,
+        "visual_tokens": tokens,
+        "steps": config.steps,
+        "arms": result,
+        "score": score_speed(),
+        "machine": {"device": device_name(torch.device(config.device)), "threads": config.threads},
+        "torch": torch.__version__,
+    }
+
+
+def score_speed(size: tuple[int, int] = PUBLISHED, repeats: int = 5) -> dict[str, float]:
+    """Least milliseconds of our score and of the authors' call, a full decomposition in float32, on one thread."""
+    threads, ours, theirs = torch.get_num_threads(), [], []
+    torch.set_num_threads(1)
+    try:
+        for seed in range(repeats):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(size, generator=generator) + torch.randn(1, size[1], generator=generator)
+            ours.append(_seconds(information_contribution, x))
+            theirs.append(_seconds(_published, x))
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "ours_ms": round(1e3 * min(ours), 3),
+        "published_ms": round(1e3 * min(theirs), 3),
+        "times_as_fast": round(min(theirs) / min(ours), 1),
+    }
+
+
+def _published(x: Tensor) -> Tensor:
+    """The score as TokenCarve's code computes it."""
+    left, sizes, _ = torch.linalg.svd(x, full_matrices=True)
+    return (left[:, : len(sizes)] * sizes).abs().sum(1)
+
+
+def _seconds(score: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
+    started = time.perf_counter()
+    score(tokens)
+    return time.perf_counter() - started

@@ -1,0 +1,95 @@
+"""Choosing and merging tokens by their scores, as functions of tensors.
+
+TokenCarve: arXiv 2503.10501 and its public code. Equal scores: the lower index goes first, on every device.
+Shapes: B samples, N tokens, K kept, M merged, d hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mllm.contribution import lengths
+
+
+@dataclass(frozen=True)
+class Selection:
+    """kept: (B, K) int64, ascending.
+
+    merged: (B, M, 2) int64, ascending: a token that is gone, and the kept one that it is part of now; None: no method
+        that merges.
+    tokens: (B, K, d), what stands in the kept places; None: what stood there before.
+    """
+
+    kept: Tensor
+    merged: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+def descending(scores: Tensor) -> Tensor:
+    """scores: (B, N). Returns the tokens by falling score, of equal ones the lower index first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def top(scores: Tensor, keep: int) -> Tensor:
+    """scores: (B, N). Returns the highest, (B, keep), ascending by index."""
+    return descending(scores)[:, :keep].sort(-1).values
+
+
+def points(scores: Tensor) -> Tensor:
+    """scores: (B, N). Returns N for the highest down to 1 for the lowest, (B, N) float64 (TokenCarve's code)."""
+    batch, count = scores.shape
+    falling = torch.arange(count, 0, -1, dtype=torch.float64, device=scores.device)
+    return torch.empty_like(scores, dtype=torch.float64).scatter_(1, descending(scores), falling.expand(batch, -1))
+
+
+def spread(count: int, keep: int, device: torch.device) -> Tensor:
+    """Evenly spaced places, (keep,)."""
+    return (2 * torch.arange(keep, device=device) + 1) * count // (2 * keep)
+
+
+def draw(count: int, keep: int, seed: int, device: torch.device) -> Tensor:
+    """Places by chance, (keep,), ascending; the same on every device."""
+    chance = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return chance[:keep].sort().values.to(device)
+
+
+def carve(tokens: Tensor, products: Tensor, total: Tensor, keep: int) -> Selection:
+    """TokenCarve's two stages.
+
+    tokens: (B, N, d).  products: (B, N, N), their `gram`.  total: (B, N), the fused ranks.
+
+    The best 1.5 `keep` tokens are halved: those of the lower half that are most like one of the upper half, by cosine,
+    are merged into it as a plain mean, until `keep` are left. Where there are fewer than 1.5 `keep`, fewer are merged;
+    of an odd number the upper half has one more (our choice).
+    """
+    size = tokens.shape[-1]
+    reserve = min(keep + keep // 2, tokens.shape[1])
+    order, low, merging = descending(total), reserve // 2, reserve - keep
+    upper, lower = order[:, : reserve - low].sort(-1).values, order[:, reserve - low : reserve].sort(-1).values
+    if not merging:
+        return Selection(order[:, :keep].sort(-1).values, order.new_empty(len(order), 0, 2))
+    length = lengths(products)
+    rows = products.gather(1, lower[..., None].expand(-1, -1, products.shape[-1]))
+    alike = rows.gather(2, upper[:, None].expand(-1, low, -1)) / length.gather(1, upper)[:, None]
+    best, target = alike.max(-1)
+    falling = descending(best / length.gather(1, lower))
+    gone, stays = falling[:, :merging].sort(-1).values, falling[:, merging:]
+    target = target.gather(1, gone)
+    gone = lower.gather(1, gone)
+
+    def at(index: Tensor) -> Tensor:
+        return tokens.gather(1, index[..., None].expand(-1, -1, size))
+
+    # A product with ones, as adding rows by index has no fixed order on a GPU.
+    ones = (target[:, None] == torch.arange(upper.shape[1], device=target.device)[:, None]).float()
+    means = (at(upper).float() + ones @ at(gone).float()) / (1 + ones.sum(-1, keepdim=True))
+    kept, places = torch.cat((upper, lower.gather(1, stays)), 1).sort(-1)
+    left = torch.cat((means.to(tokens.dtype), at(lower.gather(1, stays))), 1)
+    return Selection(
+        kept,
+        torch.stack((gone, upper.gather(1, target)), -1),
+        left.gather(1, places[..., None].expand(-1, -1, size)),
+    )
