@@ -87,8 +87,8 @@ def test_the_way_down_is_steep_beside_what_is_taller_than_the_hand() -> None:
         return plan.slope
 
     assert slope("") == FUNNEL_SLOPE
-    assert slope('<geom type="box" size="0.01 0.1 0.02" pos="0.07 0 0.02"/>') == FUNNEL_SLOPE
-    assert slope('<geom type="box" size="0.01 0.1 0.2" pos="0.07 0 0.2"/>') == STEEP_SLOPE
+    assert slope('<geom type="box" size="0.1 0.01 0.02" pos="0 0.07 0.02"/>') == FUNNEL_SLOPE
+    assert slope('<geom type="box" size="0.1 0.01 0.2" pos="0 0.07 0.2"/>') == STEEP_SLOPE
 
 
 def test_what_is_wider_than_the_gripper_has_no_grasp() -> None:
