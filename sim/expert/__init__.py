@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from sim.env import LiberoEnv
 from sim.errors import ConfigurationError
 from sim.expert.expert import Expert
@@ -15,8 +17,11 @@ from sim.expert.sequence import SequenceExpert
 _ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1}
 # Values of a joint as parts of its range: where to move it, and from where on it need not be moved. LIBERO calls a
 # drawer open from 0.875 of its travel and a stove on from 0.24 of its turn.
-OPEN, OPEN_ENOUGH = 0.97, 0.88
+OPEN, OPEN_ENOUGH = 0.94, 0.88
+# A drawer that something goes into is opened no farther than it must, since it covers what lies before it.
+AJAR, AJAR_ENOUGH = 0.84, 0.76
 ON, ON_ENOUGH = 0.4, 0.25
+ASIDE = 0.75  # of a region's half size, where the outermost of several objects go that share it
 
 
 def make_expert(env: LiberoEnv) -> Expert:
@@ -40,23 +45,26 @@ def _steps(env: LiberoEnv, hand: Hand, goal: tuple[str, ...]) -> list[Expert]:
     """What to do for one goal, in order."""
     predicate, item, *rest = goal
     if predicate == "open":
-        return [_opening(env, hand, item)]
+        return [_opening(env, hand, item, OPEN, OPEN_ENOUGH)]
     if predicate == "turnon":
         joint = _joint_of_fixture(env, hand, item)
         end = _far_end(hand, joint)
         return [HandleExpert(env, joint, ON * end, ON_ENOUGH * end, hand)]
     target = rest[0]
-    opening = [_opening(env, hand, target)] if _joint_of_region(hand, target) is not None else []
+    moves = _joint_of_region(hand, target) is not None
+    opening = [_opening(env, hand, target, AJAR, AJAR_ENOUGH)] if moves else []
     lift = not env.task.language.startswith("push")
-    return [*opening, PickPlaceExpert(env, item, target, predicate == "in", lift, hand)]
+    sharers = [other for kind, other, *where in env.privileged().goal if kind == "on" and where == [target]]
+    beside = ASIDE * np.linspace(-1.0, 1.0, len(sharers))[sharers.index(item)] if len(sharers) > 1 else 0.0
+    return [*opening, PickPlaceExpert(env, item, target, predicate == "in", lift, beside, hand)]
 
 
-def _opening(env: LiberoEnv, hand: Hand, region: str) -> HandleExpert:
+def _opening(env: LiberoEnv, hand: Hand, region: str, wide: float, enough: float) -> HandleExpert:
     joint = _joint_of_region(hand, region)
     if joint is None:
         raise ConfigurationError(f"{region!r} cannot be opened: it does not move")
     end = _far_end(hand, joint)
-    return HandleExpert(env, joint, OPEN * end, OPEN_ENOUGH * end, hand)
+    return HandleExpert(env, joint, wide * end, enough * end, hand)
 
 
 def _joint_of_region(hand: Hand, region: str) -> int | None:

@@ -8,13 +8,15 @@ import numpy as np
 from mllm.policy import ActionSpec
 from sim.env import LiberoEnv
 from sim.expert.geometry import geoms_of, rotation_about
-from sim.expert.servo import UP, servo, top_down
+from sim.expert.servo import UP, servo, top_down, turn_between
 
 # Our choice, from the Panda's kinematics (https://frankaemika.github.io/docs/control_parameters.html). Joints count
 # from 0 here. With joint 5 at pi the axes of the wrist line up, and with joint 3 at -0.47 rad the arm is straight.
 WRIST, WRIST_FREE, LEAN_GAIN, MAX_LEAN = 5, 2.75, 1.0, 0.4
+FLANGE, FLANGE_RANGE = 6, 2.7
 ELBOW, ELBOW_STRAIGHT, ELBOW_BENT = 3, -0.5, -0.8
 OUTWARD = 0.1  # m
+HALF_ROUND = 1.9  # rad: a hand that would have to turn farther grips the other way round
 
 
 class Hand:
@@ -88,6 +90,18 @@ class Hand:
         """
         lean = min(LEAN_GAIN * max(float(self.data.qpos[self._joints[WRIST]]) - WRIST_FREE, 0.0), MAX_LEAN)
         return rotation_about(np.cross(UP, self._outward()), lean) @ top_down(yaw)
+
+    def turn_to(self, axes: np.ndarray) -> np.ndarray:
+        """(3,) rad: how to turn to a grip with the (3, 3) `axes`, or to the same grip half round, which is nearer or
+        within what the last joint allows.
+        """
+        angle, forward = float(self.data.qpos[self._joints[FLANGE]]), self.axes[:, 2]
+        turn, other = (turn_between(self.axes, side) for side in (axes, axes * [-1.0, -1.0, 1.0]))
+
+        def possible(turn: np.ndarray) -> bool:
+            return bool(np.linalg.norm(turn) < HALF_ROUND and abs(angle + turn @ forward) < FLANGE_RANGE)
+
+        return other if possible(other) and not possible(turn) else turn
 
     def _outward(self) -> np.ndarray:
         """(3,) horizontal unit vector from the robot to its hand."""

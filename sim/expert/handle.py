@@ -113,8 +113,8 @@ class HandleExpert(Expert):
 
     def _reached(self) -> bool:
         """Whether the joint is where it may stay; the hand takes what it holds all the way."""
-        left = self._left()
-        return abs(left) < (NEAR if self.holding() else abs(self._goal - self._enough))
+        beyond = 1.0 - self._left() / (self._goal - self._enough)
+        return beyond > (0.5 if self.holding() else 0.0)
 
     def _left(self) -> float:
         """m or rad, how far the joint still has to go."""
@@ -133,21 +133,21 @@ class HandleExpert(Expert):
     def _errors(self, move: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """(3,) m and (3,) rad: from the hand to that pose."""
         point, axes = self._pose(move)
-        return point - self._hand.position, turn_between(self._hand.axes, axes)
+        return point - self._hand.position, self._hand.turn_to(axes)
 
     def decide(self) -> np.ndarray:
         hand = self._hand
         off, turn = self._errors()
         backward = -hand.axes[:, 2]
         if self._reached():
-            touched = hand.holds(self._own)
-            self.phase = "release" if touched else "retreat"
-            return hand.action((0.0 if touched else CLEAR) * backward, np.zeros(3), False)
+            around = hand.opening < CLOSED and hand.touching(self._own) > 0
+            self.phase = "release" if around else "retreat"
+            return hand.action((0.0 if around else CLEAR) * backward, np.zeros(3), False)
         if self.holding():
             firm = 1.0 - min(hand.finger_speed / STILL, 1.0)
             self.phase = "pull" if firm > 0.5 else "close"
             ahead, swing = self._errors(np.clip(self._left(), -self._lead, self._lead))
-            return hand.action(firm * ahead, firm * swing, True)
+            return hand.action(off + firm * (ahead - off), firm * swing, True)
         point, axes = self._pose(0.0)
         astray, away = float(np.linalg.norm(turn)), -axes[:, 2]
         steer = funnel(hand.position, point, float(point @ away) + STAND_OFF, TURN_LEVER * astray, away)

@@ -19,7 +19,7 @@ from sim.expert.geometry import body_points, geoms_of, heading, rotation_about_z
 from sim.expert.grasp import FINGERS_HALF_LENGTH, FINGERTIP, MAX_OPENING, Scene
 from sim.expert.hand import Hand
 from sim.expert.plan import Plan, make_plan
-from sim.expert.servo import funnel, turn_between
+from sim.expert.servo import funnel
 
 # All of these are our choice. Lengths in metres.
 TURN_LEVER = 0.04  # a wrist that is 1 rad off counts as this distance from the goal
@@ -43,6 +43,7 @@ class PickPlaceExpert(Expert):
 
     item: a movable object's name.  target: an object's or a region's name.  container: whether it goes into the target,
     else onto it.  lift: whether it is lifted on the way; else it is pushed along what it lies on.
+    beside: where in a region it goes, from -1 to 1 of the region's half size along its x axis.
     phase: "approach", "descend", "close", "lift", "carry", "lower", "release", "retreat", or "lost" where the object
     lies so that nothing can take hold of it.
     """
@@ -54,10 +55,12 @@ class PickPlaceExpert(Expert):
         target: str,
         container: bool = False,
         lift: bool = True,
+        beside: float = 0.0,
         hand: Hand | None = None,
     ) -> None:
         super().__init__(env, hand)
         self.item, self.target, self.container, self.lift = item, target, container, lift
+        self._beside = beside
         self._plan: Plan | None = None
         world, model = env.privileged(), self._hand.model
         sites = [model.site(number).name for number in range(model.nsite)]
@@ -127,8 +130,11 @@ class PickPlaceExpert(Expert):
         return replace(plan, origin=origin, rotation=rotation, target=target, offset=grasp - origin, yaw=yaw)
 
     def _target_position(self) -> np.ndarray:
-        data = self._hand.data
-        return data.xpos[self._target_body] if self._target_site is None else data.site_xpos[self._target_site]
+        data, site = self._hand.data, self._target_site
+        if site is None:
+            return data.xpos[self._target_body]
+        along = data.site_xmat[site].reshape(3, 3)[:, 0]
+        return data.site_xpos[site] + self._beside * self._hand.model.site_size[site][0] * along
 
     def _scene(self) -> Scene:
         hand = self._hand
@@ -175,11 +181,10 @@ class PickPlaceExpert(Expert):
             # A hold that is not firm yet, because the fingers still close, moves in proportion to how firm it is.
             firm = 1.0 - min(hand.finger_speed / STILL, 1.0)
             drop = np.array([*self._target_position()[:2], origin[2] + PLACE_GAP - self._above_rest(plan)])
+            ceiling = plan.carry + self._droop(plan) if self.lift else float(origin[2])
             aside = self._sideways(plan, drop)
-            if aside is None:
-                aside = funnel(origin, drop, plan.carry + self._droop(plan) if self.lift else origin[2]) - origin
-            offset = firm * aside
-            turn, close = turn_between(hand.axes, hand.upright(plan.yaw)), True
+            offset = firm * (funnel(origin, drop, ceiling) - origin if aside is None else aside)
+            turn, close = hand.turn_to(hand.upright(plan.yaw)), True
             self.phase = "close" if firm < 0.5 else self._carry_phase(drop - origin, offset)
         else:
             offset, turn, close = self._to_grasp(plan)
@@ -209,9 +214,10 @@ class PickPlaceExpert(Expert):
         """(offset (3,) m, turn (3,) rad, close) of a gripper that does not hold the object yet."""
         grasp, yaw = self._grasp(plan)
         hand = self._hand.position
-        turn = turn_between(self._hand.axes, self._hand.upright(yaw))
+        turn = self._hand.turn_to(self._hand.upright(yaw))
         hover = max(plan.hover, float(grasp[2]) + 0.05)
-        steer = funnel(hand, grasp, hover, astray=TURN_LEVER * float(np.linalg.norm(turn)))
+        astray = TURN_LEVER * float(np.linalg.norm(turn))
+        steer = funnel(hand, grasp, hover, astray, slope=plan.slope)
         off = grasp - hand
         away = float(np.linalg.norm(off[:2]))
         close = away < GRASP_NEAR and abs(float(off[2])) < GRASP_LEVEL

@@ -8,9 +8,11 @@ import numpy as np
 
 from sim.expert.geometry import body_points, corridor
 from sim.expert.grasp import FINGERS_HALF_LENGTH, FINGERTIP, PALM, PALM_HALF_LENGTH, Scene, find_grasp
+from sim.expert.servo import FUNNEL_SLOPE, STEEP_SLOPE
 
 CLEARANCE = 0.03  # m over everything on the way; this and the next are our choice
 LEAST_RISE = 0.05  # m to come from above, and to lift
+BESIDE = 0.07  # m from the grip site: what stands nearer, and higher than the palm, is come down beside steeply
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Plan:
     yaw: rad, the gripper's turn about z with it.
     points: (n, 3) m, the object's hull in its own frame.
     hover, carry: m, heights of the grip site on the way to the object, and of the object's origin on the way back.
+    slope: of the way down to the object, see `sim.expert.servo.funnel`; steep where the palm comes down beside things.
     rest: m, height of the object's lowest point at the target, from the target's origin.
     """
 
@@ -33,6 +36,7 @@ class Plan:
     yaw: float
     points: np.ndarray
     hover: float
+    slope: float
     carry: float
     rest: float
 
@@ -61,6 +65,8 @@ def make_plan(scene: Scene, hand: np.ndarray, base: np.ndarray, target: np.ndarr
     palm = highest(hand, hold[:2], PALM_HALF_LENGTH) - PALM
     hover = max(max(fingers, palm) + CLEARANCE, top + LEAST_RISE)
 
+    steep = highest(hold[:2], hold[:2], BESIDE) > float(hold[2]) + PALM
+
     radius = float(np.linalg.norm(points[:, :2] - origin[:2], axis=1).max()) + 0.01
     item_rise = highest(origin[:2], target[:2], radius) - low
     palm_rise = highest(hold[:2], hold[:2] + move[:2], PALM_HALF_LENGTH) - (float(hold[2]) + PALM)
@@ -73,6 +79,7 @@ def make_plan(scene: Scene, hand: np.ndarray, base: np.ndarray, target: np.ndarr
         yaw=grasp.yaw,
         points=(points - origin) @ rotation,
         hover=hover,
+        slope=STEEP_SLOPE if steep else FUNNEL_SLOPE,
         carry=carry,
         rest=rest - float(target[2]),
     )

@@ -10,7 +10,7 @@ from sim.expert.geometry import rotation_about_z, rotation_vector
 # All of these are our choice. The controller covers about half of a commanded offset in one step, and less of a turn.
 POSITION_GAIN = 2.0
 ROTATION_GAIN = 1.5
-FUNNEL_SLOPE = 3.0  # rise over run of the way down to a goal
+FUNNEL_SLOPE, STEEP_SLOPE = 3.0, 12.0  # rise over run of the way down to a goal, and of one between tall things
 FUNNEL_MOUTH = 0.008  # m across from which on it rises
 UP = np.array([0.0, 0.0, 1.0])
 
@@ -50,7 +50,12 @@ def servo(offset: np.ndarray, turn: np.ndarray, close: bool, spec: ActionSpec) -
 
 
 def funnel(
-    position: np.ndarray, goal: np.ndarray, ceiling: float, astray: float = 0.0, axis: np.ndarray = UP
+    position: np.ndarray,
+    goal: np.ndarray,
+    ceiling: float,
+    astray: float = 0.0,
+    axis: np.ndarray = UP,
+    slope: float = FUNNEL_SLOPE,
 ) -> np.ndarray:
     """(3,) m: where to steer `position` next, so that it comes down `axis` on `goal` and hits nothing beside it.
 
@@ -58,10 +63,11 @@ def funnel(
     the funnel's wall it rises first, and moves across in proportion as it gets there.
     ceiling: m along the unit vector `axis` from the world's origin.
     astray: m, added to the distance while something else than the position is not right yet.
+    slope: rise over run of the funnel's wall.
     """
     height, floor = float(position @ axis), float(goal @ axis)
     across = goal - position - (floor - height) * axis
     away = float(np.hypot(np.linalg.norm(across), astray))
-    wall = floor + min(FUNNEL_SLOPE * max(away - FUNNEL_MOUTH, 0.0), max(ceiling - floor, 0.0))
+    wall = floor + min(slope * max(away - FUNNEL_MOUTH, 0.0), max(ceiling - floor, 0.0))
     freedom = np.clip((height - wall) / 0.04 + 1.5, 0.0, 1.0)  # 1 from 2 cm below the wall on, 0 from 6 cm
     return position + freedom * across + (wall - height) * axis

@@ -10,6 +10,8 @@ from mllm.policy import Observation, Policy
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError
 from sim.expert import Expert, HandleExpert, PickPlaceExpert, SequenceExpert, make_expert
+from sim.expert.geometry import rotation_about
+from sim.expert.hand import Hand
 from sim.rollout import rollout
 
 BLIND = Observation(images={})
@@ -76,6 +78,16 @@ def test_fixtures_and_unknown_names_cannot_be_carried(env: LiberoEnv) -> None:
         PickPlaceExpert(env, "wooden_cabinet_1", "plate_1")
     with pytest.raises(ConfigurationError, match="objects are"):
         PickPlaceExpert(env, "akita_black_bowl_1", "moon")
+
+
+def test_a_hand_that_would_turn_far_grips_the_other_way_round(env: LiberoEnv) -> None:
+    env.reset()
+    hand = Hand(env, Expert.action_spec)
+    hand.look()
+    forward = hand.axes[:, 2]
+    for angle, turned in ((1.0, 1.0), (2.5, 2.5 - np.pi)):
+        turn = hand.turn_to(rotation_about(forward, angle) @ hand.axes)
+        np.testing.assert_allclose(turn, turned * forward, atol=1e-6)
 
 
 def test_acting_needs_a_reset(env: LiberoEnv) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mllm.policy import ActionSpec
 from sim.expert.geometry import geoms_of, rotation_about, rotation_about_z
 from sim.expert.grasp import FINGERTIP, Grasp, Scene, find_grasp, stretches
-from sim.expert.plan import resting_height
-from sim.expert.servo import clip_length, funnel, grip_axes, servo, top_down, turn_between
+from sim.expert.plan import make_plan, resting_height
+from sim.expert.servo import FUNNEL_SLOPE, STEEP_SLOPE, clip_length, funnel, grip_axes, servo, top_down, turn_between
 
 BOX = '<geom type="box" size="0.02 0.05 0.03" pos="0 0 0.03"/>'
 CUP = "".join(
@@ -71,6 +71,26 @@ def test_an_overhang_is_avoided_by_holding_the_wall_off_its_middle() -> None:
     assert abs(lateral @ under.position[:2]) > 0.02
 
 
+def test_a_post_between_the_middle_and_the_edge_of_the_palm_is_in_the_way() -> None:
+    free = grasp_of(on_table(CUP))
+    lateral, closing = rotation_about_z(free.yaw)[:2, :2].T
+    x, y = free.position[:2] - 0.08 * closing + 0.0175 * lateral
+    among = grasp_of(on_table(CUP, f'<geom type="box" size="0.01 0.01 0.1" pos="{x} {y} 0.1"/>'))
+    assert abs(among.yaw - free.yaw) + np.linalg.norm(among.position - free.position) > 0.03
+    assert among.intrusion < 0.005
+
+
+def test_the_way_down_is_steep_beside_what_is_taller_than_the_hand() -> None:
+    def slope(neighbour: str) -> float:
+        plan = make_plan(on_table(BOX, neighbour), np.zeros(2), BASE, np.array([0.4, 0.0, 0.0]), container=False)
+        assert plan is not None
+        return plan.slope
+
+    assert slope("") == FUNNEL_SLOPE
+    assert slope('<geom type="box" size="0.1 0.01 0.02" pos="0 0.07 0.02"/>') == FUNNEL_SLOPE
+    assert slope('<geom type="box" size="0.1 0.01 0.2" pos="0 0.07 0.2"/>') == STEEP_SLOPE
+
+
 def test_what_is_wider_than_the_gripper_has_no_grasp() -> None:
     assert find_grasp(on_table(SLAB), np.zeros(2), BASE, np.zeros(3), container=False) is None
 
@@ -128,6 +148,12 @@ def test_the_funnel_comes_down_only_over_its_goal() -> None:
     np.testing.assert_allclose(funnel(np.array([0.0, 0.0, 0.4]), goal, 0.4), [0.5, 0.0, 0.4])
     # From beside the goal it rises, and only then moves across.
     np.testing.assert_allclose(funnel(np.array([0.0, 0.0, 0.1]), goal, 0.4), [0.0, 0.0, 0.4])
+
+
+@given(vectors)
+def test_a_steep_funnel_is_never_lower(position: np.ndarray) -> None:
+    goal, position = np.array([0.5, 0.0, 0.1]), position / 10
+    assert funnel(position, goal, 0.4, slope=STEEP_SLOPE)[2] >= funnel(position, goal, 0.4)[2]
 
 
 @given(vectors, vectors, st.floats(0.0, 0.5))
