@@ -19,10 +19,17 @@ class Inference:
     answer: turns one piece of work (the newest offered) into a published command.
     on_error: called with what went wrong. After an error of the policy nothing is answered until the next reset; after
     a MessageError only that observation is lost.
+    on_reset: called after each reset of the policy.
     """
 
-    def __init__(self, policy: Policy, answer: Callable[[Any], None], on_error: Callable[[Exception], None]) -> None:
-        self._policy, self._answer, self._on_error = policy, answer, on_error
+    def __init__(
+        self,
+        policy: Policy,
+        answer: Callable[[Any], None],
+        on_error: Callable[[Exception], None],
+        on_reset: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._policy, self._answer, self._on_error, self._on_reset = policy, answer, on_error, on_reset
         self._changed = threading.Condition()
         self._work: Any = None
         self._reset_to: str | None = None
@@ -132,6 +139,7 @@ class Inference:
                     clear()
                 if instruction is not None:
                     self._policy.reset(instruction)
+                    self._on_reset()
                 elif work is not None:
                     self._answer(work)
             except MessageError as error:

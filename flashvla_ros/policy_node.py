@@ -17,6 +17,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from flashvla_ros.diagnostics import ERROR, OK, STALE, WARN, Diagnostics, Report, Window, describe, status, status_array
+from flashvla_ros.display import Display
 from flashvla_ros.errors import ConfigurationError, MessageError
 from flashvla_ros.fields import json_object, param, require, require_positive
 from flashvla_ros.gate import Verdict
@@ -36,10 +37,11 @@ from flashvla_ros.qos import LATCHED, parse_qos
 from flashvla_ros.runner import run_node
 from flashvla_ros.sync import ApproximateSync
 from mllm.errors import PolicyError
-from mllm.policy import Observation, Policy, Tunable, check_action, make_policy
+from mllm.policy import ActionStep, Observation, Policy, Tunable, check_action, make_policy
 from mllm.reuse import Reason, ReuseConfig
 
 BUSY_LIMIT = 10.0  # s that ~/reset, a parameter and the end wait for the step the policy is in
+MAX_MARKERS = 10_000
 TUNABLE = ("reuse", "compress", "keep")  # parameters that are options of the policy, and change while it acts
 
 
@@ -86,6 +88,19 @@ class PolicyParameters:
     )
     max_opening: float = param(0.08, "m; widest gripper opening, what gripper -1 stands for")
     frame_id: str = param("world", "frame of the commands; the policy's action frame must be this one")
+    overlay: bool = param(
+        True,
+        "publish ~/overlay/CAMERA (sensor_msgs/Image): what the policy looked at, and whether it reused; drawn only "
+        "where somebody subscribes, after the command is out",
+        dynamic=True,
+    )
+    markers: int = param(
+        40,
+        "newest commands that ~/markers (visualization_msgs/MarkerArray) shows as displacements at the end effector, "
+        "which eef_pose_topic tells, else strung together from the frame's origin; 0 = none",
+        dynamic=True,
+    )
+    display_qos: str = param("reliable depth=2", "QoS of overlays and markers")
 
     def __post_init__(self) -> None:
         require_positive(self, "sync_slop", "max_opening")
@@ -94,14 +109,18 @@ class PolicyParameters:
         require(len(self.cameras) > 0, "cameras", self.cameras, "at least one NAME=TOPIC")
         for entry in self.cameras:
             require(all(entry.partition("=")), "cameras", entry, "of the form NAME=TOPIC")
-        names = [entry.partition("=")[0] for entry in self.cameras]
+        names = self.camera_names()
         require(len(set(names)) == len(names), "cameras", self.cameras, "a list without a name twice")
+        require(0 <= self.markers <= MAX_MARKERS, "markers", self.markers, f"0 to {MAX_MARKERS}")
         self.options()
         require(self.keep >= 0, "keep", self.keep, "0 or more")
         try:
             ReuseConfig.parse(self.reuse)
         except PolicyError as error:
             raise ConfigurationError(f"parameter 'reuse' is {self.reuse!r}: {error}") from error
+
+    def camera_names(self) -> list[str]:
+        return [entry.partition("=")[0] for entry in self.cameras]
 
     def options(self) -> dict[str, Any]:
         """The policy's keyword arguments. Reuse is always among them, so that it can be switched on."""
@@ -133,6 +152,7 @@ class PolicyNode(LifecycleNode):
         self._twists = self.create_publisher(TwistStamped, p.twist_topic, command_qos)
         self._grippers = self.create_publisher(JointState, p.gripper_topic, command_qos)
         self._steps = self.create_publisher(DiagnosticArray, "~/step", command_qos)
+        self._display = Display(self, p.camera_names(), parse_qos(p.display_qos, "display_qos"))
         self._image_qos = parse_qos(p.image_qos, "image_qos")
         self._state_qos = parse_qos(p.state_qos, "state_qos")
         self._diagnostics = Diagnostics(self, self._report)
@@ -164,7 +184,8 @@ class PolicyNode(LifecycleNode):
             self.get_logger().error(self._load_error if expected else describe(error))
             return TransitionCallbackReturn.FAILURE
         self._load_error = ""
-        self._inference = Inference(self._policy, self._answer, self._on_error)
+        self._display.begin(getattr(self._policy, "layout", None))
+        self._inference = Inference(self._policy, self._answer, self._on_error, self._display.clear)
         if self._instruction:
             self._inference.reset(self._instruction)
         self._subscribe()
@@ -312,6 +333,20 @@ class PolicyNode(LifecycleNode):
         self._steps.publish(
             status_array(stamp, status(self.get_name(), OK, "reused" if reused else "computed", values))
         )
+        try:
+            self._show(step, observation, linear / policy.action_spec.control_freq, work)
+        except Exception as error:  # what cannot be drawn must not stop the robot
+            self.get_logger().error(f"a step cannot be shown: {describe(error)}", throttle_duration_sec=5.0)
+
+    def _show(
+        self, step: ActionStep, observation: Observation, displacement: np.ndarray, work: tuple[int, dict[str, Any]]
+    ) -> None:
+        """displacement: (3,) m, commanded."""
+        p, stamp = self._params.value, to_stamp(work[0])
+        position, reused = observation.proprio.get("eef_pos"), bool(step.flags.get("reuse"))
+        self._display.motion(displacement, reused, position, stamp, p.frame_id, p.markers)
+        frames = {name: work[1][f"image:{name}"].header.frame_id for name in observation.images}
+        self._display.overlay(step, observation, stamp, frames if p.overlay else {})
 
     def _observation(self, stamp: int, messages: dict[str, Any]) -> Observation:
         images, proprio = {}, {}

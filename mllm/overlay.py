@@ -70,6 +70,7 @@ class Overlay:
         looked = step.kept is not None or step.plan is not None or not goes_on
         self._left = step.left
         if looked:
+            self.kept = self.merged = None  # also where the new ones are refused: the old ones are no longer true
             tokens = 0 if self.layout is None else self.layout.tokens
             for name, numbers in (("kept", step.kept), ("merged", step.merged)):
                 if numbers is not None and numbers.size and not 0 <= numbers.min() <= numbers.max() < tokens:

@@ -23,6 +23,7 @@ ROS = (
     "rcl_interfaces",
     "builtin_interfaces",
     "std_srvs",
+    "visualization_msgs",
     "launch",
     "launch_ros",
 )

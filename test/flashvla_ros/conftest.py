@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,3 +118,19 @@ def nodes(ros_environment: None) -> Iterator[Nodes]:
     started = Nodes()
     yield started
     started.stop()
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs policies of somebody else's, as pip would: source of a module, and entry point -> class in it."""
+
+    def done(source: str, **policies: str) -> None:
+        (tmp_path / "third_party.py").write_text(source)
+        info = tmp_path / "third_party-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
+        entries = [f"{name} = third_party:{kind}" for name, kind in policies.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[flashvla.policies]", *entries, ""]))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+    return done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 
 import numpy as np
@@ -48,15 +47,8 @@ class OtherFrame(Mean):
 
 
 @pytest.fixture
-def third_party(tmp_path, monkeypatch):
-    """A package of somebody else's, as pip would install it."""
-    (tmp_path / "third_party.py").write_text(THIRD_PARTY)
-    info = tmp_path / "third_party-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
-    policies = "mean = third_party:Mean\nwrong = third_party:Wrong\nother_frame = third_party:OtherFrame\n"
-    (info / "entry_points.txt").write_text("[flashvla.policies]\n" + policies)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+def third_party(install):
+    install(THIRD_PARTY, mean="Mean", wrong="Wrong", other_frame="OtherFrame")
 
 
 class Camera:

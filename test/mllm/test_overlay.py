@@ -122,3 +122,12 @@ def test_a_new_episode_shows_nothing_of_the_last():
 def test_tokens_that_the_layout_has_not_are_an_error_with_both_numbers(layout, tokens):
     with pytest.raises(PolicyError, match=f"kept has tokens 3 to 12: the policy's layout has {tokens}"):
         Overlay(layout).add(ActionStep(ACTION, kept=np.array([3, 12])))
+
+
+def test_after_tokens_that_were_refused_the_older_ones_are_not_shown():
+    overlay = Overlay(TWO)
+    overlay.add(ActionStep(ACTION, kept=np.array([1])))
+    with pytest.raises(PolicyError):
+        overlay.add(ActionStep(ACTION, kept=np.array([12])))
+    overlay.add(ActionStep(ACTION, flags={"reuse": True}))
+    assert overlay.kept is None
