@@ -63,9 +63,13 @@ class Overlay:
         self.kept: np.ndarray | None = None
         self.merged: np.ndarray | None = None
         self._left = 0
+        self._badge: Badge | None = None
 
     def add(self, step: ActionStep) -> Badge:
-        """The next step of the policy. Raises PolicyError: its tokens are not the layout's."""
+        """The next step of the policy. Returns its badge; a reuse that goes on has the one with which it began.
+
+        Raises PolicyError: its tokens are not the layout's.
+        """
         goes_on = bool(step.flags.get("reuse")) or self._left > 0
         looked = step.kept is not None or step.plan is not None or not goes_on
         self._left = step.left
@@ -79,7 +83,12 @@ class Overlay:
                         f"has {tokens}; give it the layout of its tokens"
                     )
             self.kept, self.merged = step.kept, step.merged
-        return Badge.of(step, looked)
+        before = self._badge
+        continues = step.flags.get("reuse") and "reuse_reason" not in step.flags
+        if before is not None and before.colour == REUSED and continues:
+            return before
+        self._badge = Badge.of(step, looked)
+        return self._badge
 
     def draw(self, image: np.ndarray, camera: str, badge: Badge) -> np.ndarray:
         """image: (H, W, 3) uint8 RGB, the camera's, upright. Returns the picture, (H', W', 3) uint8 RGB."""
@@ -132,7 +141,7 @@ def kept_pixels(layout: TokenLayout, camera: str, kept: np.ndarray | None, shape
         np.searchsorted(edge, np.arange(side) + 0.5, side="right")
         for edge, side in zip(edges(layout, shape), shape, strict=True)
     )
-    return grid[row[:, None], column[None]]
+    return grid[row][:, column]
 
 
 def links(layout: TokenLayout, camera: str, merged: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -154,7 +163,7 @@ def links(layout: TokenLayout, camera: str, merged: np.ndarray, shape: tuple[int
 def dim(image: np.ndarray, bright: np.ndarray) -> np.ndarray:
     """The (H, W, 3) uint8 image with what is not bright at `DIMMED` of its brightness."""
     dark = cv2.convertScaleAbs(image, alpha=DIMMED)
-    return np.where(bright[..., None], image, dark)
+    return cv2.copyTo(image, bright.astype(np.uint8), dark)
 
 
 def draw_links(image: np.ndarray, lines: np.ndarray) -> None:

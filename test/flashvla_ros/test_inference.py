@@ -99,3 +99,14 @@ def test_the_policy_is_told_to_forget_before_the_next_observation_and_once(polic
     inference.offer(observe)
     assert done.acquire(timeout=10)
     assert policy.heard[-2:] == ["clear", "act"]
+
+
+def test_who_watches_is_told_of_each_reset_after_the_policy_and_in_its_thread(policy):
+    inference = Inference(policy, lambda work: work(), lambda error: None, lambda: policy.note("watched"))
+    try:
+        started(inference)
+        started(inference)
+    finally:
+        inference.end(10)
+    assert [what for what in policy.heard if what != "clear"] == ["go", "watched", "go", "watched"]
+    assert len(policy.threads) == 1

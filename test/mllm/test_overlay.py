@@ -94,6 +94,15 @@ def test_the_badge_says_what_was_done_and_why(flags, badge):
     assert Overlay(TWO).add(ActionStep(ACTION, flags=flags)) == badge
 
 
+def test_a_reuse_of_several_actions_keeps_the_badge_that_it_began_with():
+    overlay = Overlay(TWO)
+    started = overlay.add(ActionStep(ACTION, flags={"reuse": True, "reuse_reason": "reused", "reuse_angle": 4.0}))
+    assert started.text == "reused: 4 deg"
+    assert overlay.add(ActionStep(ACTION, flags={"reuse": True})) == started
+    again = overlay.add(ActionStep(ACTION, flags={"reuse": True, "reuse_reason": "reused", "reuse_angle": 5.0}))
+    assert again.text == "reused: 5 deg"
+
+
 def test_reuses_and_the_rest_of_a_plan_show_the_tokens_of_the_last_look():
     overlay, plan = Overlay(TWO), np.zeros((4, 7), np.float32)
     shown = []
