@@ -162,8 +162,9 @@ def _surprise(axes: Any, trace: BagTrace) -> None:
 def _latency(axes: Any, trace: BagTrace) -> None:
     for chosen, colour, label in ((~trace.reused, COMPUTED, "computed"), (trace.reused, REUSED, "reused")):
         if chosen.any():
-            axes.vlines(trace.times[chosen], 0, trace.latency[chosen], color=colour, linewidth=1.2)
-            axes.plot(trace.times[chosen], trace.latency[chosen], "o", markersize=3, color=colour, label=label, clip_on=False)
+            times, took = trace.times[chosen], trace.latency[chosen]
+            axes.vlines(times, 0, took, color=colour, linewidth=1.2)
+            axes.plot(times, took, "o", markersize=3, color=colour, label=label, clip_on=False)
     axes.set_ylabel("latency\nms")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.2)
