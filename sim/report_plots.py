@@ -35,12 +35,12 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One variant in the picture of success against latency. interval: of the rate.  latency: mean ms a step."""
+    """One variant in a picture of success against cost. interval: of the rate.  cost: in the picture's unit."""
 
     name: str
     rate: float
     interval: tuple[float, float]
-    latency: float
+    cost: float
 
 
 def _svg(draw: Any, width: float = 5.4, height: float = 3.0) -> str:
@@ -111,23 +111,42 @@ def latency_plot(stages: Mapping[str, np.ndarray]) -> str:
     return _svg(draw)
 
 
-def variants_plot(points: Sequence[Point]) -> str:
-    """Success against mean latency, one point a variant."""
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in one of success and cost without being worse in the other, the cheapest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.rate)):
+        if not best or point.rate > best[-1].rate:
+            best.append(point)
+    return best
+
+
+def pareto_plot(points: Sequence[Point], cost: str) -> str:
+    """Success against cost, one point a variant, and a line through the front. cost: the axis, with its unit."""
 
     def draw(axes: Any) -> None:
-        for number, point in enumerate(sorted(points, key=lambda point: point.latency)):
+        best = front(points)
+        axes.step(
+            [point.cost for point in best],
+            [100 * point.rate for point in best],
+            where="post",
+            color=GOOD,
+            linewidth=1.2,
+            linestyle="--",
+        )
+        for number, point in enumerate(sorted(points, key=lambda point: point.cost)):
             low, high = point.interval
-            axes.plot([point.latency] * 2, [100 * low, 100 * high], color=SOFT, linewidth=1.2)
-            axes.plot([point.latency], [100 * point.rate], "o", color=MARK)
+            colour = GOOD if point in best else MARK
+            axes.plot([point.cost] * 2, [100 * low, 100 * high], color=SOFT, linewidth=1.0)
+            axes.plot([point.cost], [100 * point.rate], "o", color=colour)
             axes.annotate(
                 point.name,
-                (point.latency, 100 * point.rate),
-                xytext=(7, 4 if number % 2 else -10),  # neighbours are often close
+                (point.cost, 100 * point.rate),
+                xytext=(6, (5, -11, 17, -23)[number % 4]),  # neighbours are often close
                 textcoords="offset points",
-                fontsize=9,
+                fontsize=8,
             )
-        axes.set(xlabel="policy, mean ms a step", ylabel="success, %")
+        axes.set(xlabel=cost, ylabel="success, %")
         axes.grid(axis="both")
         axes.margins(x=0.2, y=0.1)
 
-    return _svg(draw, width=7.0, height=3.6)
+    return _svg(draw, width=5.4, height=3.8)
