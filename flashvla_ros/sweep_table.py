@@ -23,11 +23,17 @@ from sim.statistics import percent
 from sim.sweep import closed_loop
 
 
+def _console(json_output: bool) -> Console:
+    """As wide as the tables where nobody's terminal says otherwise."""
+    console = Console(stderr=json_output)
+    return console if console.is_terminal else Console(stderr=json_output, width=120)
+
+
 def show_open_loop(
     rows: Iterable[dict[str, Any]], clips: Sequence[Clip], facts: Mapping[str, Any], json_output: bool
 ) -> None:
     """rows: of `sim.sweep.open_loop`; each is told on stderr as it comes."""
-    console, found = Console(stderr=json_output), []
+    console, found = _console(json_output), []
     frames = sum(len(clip.proprio["eef_pos"]) for clip in clips)
     for row in rows:
         found.append(row)
@@ -63,7 +69,7 @@ def run_closed_loop(
     json_output: bool,
 ) -> int:
     """Plays what the run at `path` lacks, and prints all its arms. Returns 1 where an episode is an error."""
-    console = Console(stderr=json_output)
+    console = _console(json_output)
     title = f"{config.policy}, {len(arms)} arms: {path}"
     with warnings.catch_warnings(), shown(console, title) as show:
         warnings.showwarning = lambda message, *_: console.print(f"warning: {message}", style="yellow", markup=False)
