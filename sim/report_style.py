@@ -31,7 +31,8 @@ p { margin: .4rem 0; max-width: 50rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { font-weight: 500; font-size: .86rem; text-align: left; }
 th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
-th.n, td.n { text-align: right; white-space: nowrap; }
+th.n, td.n, .scroll td:first-child { white-space: nowrap; }
+th.n, td.n { text-align: right; }
 tr.total td { font-weight: 600; }
 .bar { position: relative; height: .8rem; min-width: 5rem; background: var(--card); border-radius: .2rem; }
 .bar i { position: absolute; top: 0; bottom: 0; left: 0; background: var(--good); border-radius: .2rem; opacity: .85; }

@@ -59,7 +59,7 @@ def _differences(found: Sequence[Standing]) -> str:
         [
             _named(one),
             str(one.against.n),
-            _change(one.against.success, "points"),
+            _change(one.against.success),
             f"{len(one.against.only_b)} / {len(one.against.only_a)}",
             f"{one.against.p_value:.3g}",
             _change(one.against.relative_latency),
@@ -71,7 +71,16 @@ def _differences(found: Sequence[Standing]) -> str:
     ]
     if not rows:
         return ""
-    heads = ["variant", "pairs", "success", "won / lost", "McNemar p", "mean latency", "FLOPs", "visual FLOPs"]
+    heads = [
+        "variant",
+        "pairs",
+        "success, points",
+        "won / lost",
+        "McNemar p",
+        "mean latency, %",
+        "FLOPs, %",
+        "visual, %",
+    ]
     notes = sorted({note for one in found if one.against for note in one.against.notes})
     said = (
         f"Differences from {_named(found[0])} on the same episodes, with 95 % intervals by paired bootstrap over them. "
@@ -85,8 +94,9 @@ def _named(one: Standing) -> str:
     return escape(one.variant or "unnamed")
 
 
-def _change(change: Change | None, unit: str = "%") -> str:
+def _change(change: Change | None) -> str:
+    """In hundredths, with its interval."""
     if change is None:
         return ""
     low, high = change.interval
-    return f"{100 * change.value:+.1f} {unit} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * change.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

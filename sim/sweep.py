@@ -14,6 +14,7 @@ from mllm.sweep import Arm, Clip, deviation, replay
 from sim.evaluate import EvalConfig, Execution, evaluate
 from sim.ledger import Progress
 from sim.results import EpisodeKey, RunFile
+from sim.schedule import make_blocks
 from sim.statistics import bootstrap
 
 
@@ -71,8 +72,8 @@ def closed_loop(
 ) -> Progress:
     """Plays `keys` under every arm, which is a variant of the run at `path`; what the run has is not played again.
 
-    Task by task, all arms of one before the next, so that a run that was stopped has comparable arms, and a machine
-    that gets slower does so for all of them.  Raises: see `sim.evaluate.evaluate`.
+    A few episodes under every arm by turns, then the next few: the arms of a run that was stopped are comparable, and a
+    machine that is slow for a while is so for all of them.  Raises: see `sim.evaluate.evaluate`.
     """
     execution = execution or Execution()
     planned = [replace(key, variant=arm.name) for arm in arms for key in keys]
@@ -87,13 +88,10 @@ def closed_loop(
             whole.outcomes[key] = part.outcomes[key]
             on_progress(whole)
 
-    tasks: dict[tuple[str, int], list[EpisodeKey]] = {}
-    for key in keys:
-        tasks.setdefault((key.suite, key.task), []).append(key)
-    for number, part in enumerate(tasks.values()):
+    for number, part in enumerate(make_blocks(keys, execution.in_a_row * execution.workers, workers=1)):
         for arm in arms:
             mine = [replace(key, variant=arm.name) for key in part]
-            # The first task is asked for in any case: a configuration that has changed is refused there.
+            # The first block is asked for in any case: a configuration that has changed is refused there.
             if number == 0 or any(key not in whole.outcomes for key in mine):
                 own = replace(config, options={**config.options, **arm.options})
                 evaluate(path, own, mine, execution, on_progress=show)
