@@ -50,6 +50,7 @@ tr.total td { font-weight: 600; }
 .key i:first-child { margin-left: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem; }
 .plots { margin-bottom: 1.6rem; }
+figure { margin: 0 0 1rem; }
 .plots figure { margin: 0; }
 svg { max-width: 100%; height: auto; color: var(--ink); }
 figcaption { color: var(--soft); font-size: .86rem; }

@@ -51,7 +51,7 @@ def _pictures(found: Sequence[Standing]) -> str:
         if points:
             figures.append(f"<figure>{pareto_plot(points, name)}</figure>")
     said = "Lines are 95 % intervals (Wilson); the dashed one joins the variants that none beats in both."
-    return f'<div class="plots">{"".join(figures)}</div><p class="soft">{said}</p>' if figures else ""
+    return f'{"".join(figures)}<p class="soft">{said}</p>' if figures else ""
 
 
 def _differences(found: Sequence[Standing]) -> str:

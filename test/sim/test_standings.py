@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sim.report_plots import Point, front
+from sim.report_plots import LABEL, Point, front, label_offsets
 from sim.results import EpisodeKey, EpisodeResult
 from sim.standings import standings
 
@@ -81,3 +81,14 @@ def test_the_front_is_what_no_other_beats_in_both() -> None:
     rates = {"dear": (3.0, 0.9), "beaten": (2.0, 0.6), "cheap": (1.0, 0.7), "as good and dearer": (4.0, 0.9)}
     points = [Point(name, rate, (0, 1), cost) for name, (cost, rate) in rates.items()]
     assert [point.name for point in front(points)] == ["cheap", "dear"]
+
+
+def test_names_of_points_that_lie_close_hide_neither_each_other_nor_a_point() -> None:
+    places = [(100.0 + 3 * number, 100.0) for number in range(12)]
+    offsets = label_offsets(["flashvla-80-gated"] * 12, places)
+    corners = np.array(places) + offsets
+    width = 0.62 * LABEL * len("flashvla-80-gated")
+    for number, (x, y) in enumerate(corners):
+        others = np.delete(corners, number, axis=0)
+        assert not ((np.abs(others[:, 0] - x) < width) & (np.abs(others[:, 1] - y) < LABEL)).any()
+        assert not any(x < a + 4 and a - 4 < x + width and y < b + 4 and b - 4 < y + LABEL for a, b in places)
