@@ -50,6 +50,17 @@ def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
     assert step.flags == {"prompt_tokens": 1 + 128 + 17, **flops}
 
 
+def test_what_a_look_costs_follows_the_compression_that_holds(policy):
+    costs = []
+    for method in ("none", "uniform", "none"):
+        policy.configure(compress=method, keep=32)
+        policy.reset(TASK)
+        costs.append(policy.act(noise(0)).flags)
+    assert costs[0] == costs[2]
+    for name, share in (("flops", 1.0), ("visual_flops", 0.65)):
+        assert costs[1][name] < share * costs[0][name]
+
+
 def test_the_mini_has_a_few_million_parameters_and_64_tokens_a_camera(policy):
     assert 3e6 < sum(parameter.numel() for parameter in policy.model.parameters()) < 10e6
     assert policy.model.visual_tokens(torch.zeros(1, 2, 3, 128, 128)).shape[1] == 128
