@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
-from flashvla_ros.cli_options import PolicyOptions
+from flashvla_ros.cli_options import EpisodeOptions, PolicyOptions
 
 
 @dataclass(frozen=True)
-class Eval:
+class Eval(EpisodeOptions):
     """Evaluate a policy on LIBERO under OpenVLA's protocol, or go on with an evaluation that was stopped.
 
     Every episode is stored as it ends, as a success, a failure, or an error, which counts as neither. The same command
@@ -23,91 +22,21 @@ class Eval:
     policy: str = "mini"
     """Name of an installed policy, or expert (the scripted one, which reads the simulator)."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
-    suite: tuple[str, ...] = ("libero_spatial",)
-    """One or several suites."""
-    tasks: str = "all"
-    """all, indices such as 0-3,7, or one instruction."""
-    trials: int = 50
-    """Episodes a task, from --first-state on."""
-    first_state: int = 0
-    """First initial state."""
-    states: str = ""
-    """Initial states such as 20-49, in place of --trials and --first-state."""
-    draw: Literal["", "sampled", "shuffled"] = ""
-    """Draw fresh starts: the numbers are seeds instead of official initial states. sampled is LIBERO's way; shuffled
-    objects of libero_object exchange places, and any of them may be asked for."""
-    seed: int = 0
-    """Places the fixtures, which official initial states leave open."""
     run_file: tyro.conf.Positional[Path | None] = None
     """File of the run (.sqlite), before any option; runs/POLICY.sqlite if not given."""
     variant: str = ""
     """Name of this configuration within the file, where it has several."""
-    workers: int = 2
-    """Environments at once, each a process."""
-    executor: str = "process"
-    """process (this machine) or ray (a Ray cluster)."""
-    max_batch: int = 1
-    """Observations that the policy answers in one call at most; more is faster on a GPU, and changes the last bits."""
-    in_a_row: int = 5
-    """Episodes of one task before a worker builds the next task's environment."""
-    renderer: str | None = None
-    """official or fast; what the policy was trained with if not given."""
-    image_size: int | None = None
-    """Pixels of each camera; what the policy was trained with if not given."""
-    cameras: tuple[str, ...] | None = None
-    """LIBERO's camera names; what the policy was trained with if not given."""
-    stepper: str = "fast"
-    """official or fast: the same states, bit for bit."""
-    settle_steps: int = 10
-    """Steps without motion before an episode."""
-    step_limit: int | None = None
-    """Steps before an episode is a failure; the suite's if not given."""
     through_ros: bool = False
     """Play each episode through the LIBERO graph in lockstep (nodes, messages, gate), one after the other."""
-    record_failures: bool = False
-    """Keep a video of every failure and error."""
-    retry_errors: bool = False
-    """Play episodes again that the run has as errors."""
     json: bool = False
     """Print the table as JSON on stdout; everything else goes to stderr."""
 
     def run(self) -> int:
-        from flashvla_ros.errors import ConfigurationError
         from flashvla_ros.evaluation import run_evaluation
-        from sim.evaluate import EvalConfig, Execution
-        from sim.schedule import episode_keys, parse_numbers, parse_tasks
 
-        if self.trials < 1 or self.first_state < 0:
-            raise ConfigurationError(
-                f"--trials is {self.trials}, --first-state {self.first_state}: at least 1, and at least 0"
-            )
-        states = range(self.first_state, self.first_state + self.trials)
-        numbers = parse_numbers(self.states, "--states") if self.states else tuple(states)
-        keys = [
-            key
-            for suite in self.suite
-            for key in episode_keys(suite, parse_tasks(suite, self.tasks), numbers, self.seed, self.variant, self.draw)
-        ]
-        config = EvalConfig(
-            policy=self.policy,
-            options=self.how.chosen(),
-            renderer=self.renderer,
-            image_size=self.image_size,
-            cameras=self.cameras,
-            stepper=self.stepper,
-            settle_steps=self.settle_steps,
-            step_limit=self.step_limit,
-        )
-        execution = Execution(
-            workers=self.workers,
-            executor=self.executor,
-            max_batch=self.max_batch,
-            in_a_row=self.in_a_row,
-            record_failures=self.record_failures,
-            retry_errors=self.retry_errors,
-        )
+        keys, config = self.keys(self.variant), self.config(self.policy, self.how.chosen())
         path = self.run_file or Path("runs") / f"{self.policy}.sqlite"
-        return run_evaluation(path, config, keys, execution, through_ros=self.through_ros, json_output=self.json)
+        return run_evaluation(path, config, keys, self.execution(), through_ros=self.through_ros, json_output=self.json)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ def show_comparison(comparison: Comparison, names: tuple[str, str], json_output:
     for stage, measured in comparison.stages.items():
         change = _milliseconds(comparison) if stage == "policy" else ""
         table.add_row(f"{stage} ms: mean, p50, p99", *map(_latency, measured), change)
+    operations = {"FLOPs": comparison.relative_flops, "visual FLOPs": comparison.relative_visual_flops}
+    for name, share in operations.items():
+        if share is not None:
+            table.add_row(f"{name} a step", "", "", _share(share))
     console.print(table)
     console.print(f"McNemar's exact test: p = {comparison.p_value:.4g}, of {n} pairs", highlight=False)
     console.print(f"the same actions to the bit, and the same outcome: {comparison.identical} of {n}", highlight=False)
@@ -72,5 +76,9 @@ def _milliseconds(comparison: Comparison) -> str:
     absolute, relative = comparison.latency, comparison.relative_latency
     if absolute is None or relative is None:
         return ""
-    low, high = relative.interval
-    return f"{absolute.value * 1e3:+.2f} ms, {100 * relative.value:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{absolute.value * 1e3:+.2f} ms, {_share(relative)}"
+
+
+def _share(change: Change) -> str:
+    low, high = change.interval
+    return f"{100 * change.value:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})"

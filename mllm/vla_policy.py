@@ -19,6 +19,7 @@ from mllm.config import VLAConfig, named_config
 from mllm.decoder import TokenHook
 from mllm.engine import compile_model
 from mllm.errors import PolicyError
+from mllm.flops import step_flops, visual_flops
 from mllm.generate import ActionDecoder, Choice, compressor
 from mllm.hf_config import WEIGHTS
 from mllm.policy import PROPRIO_SIZES, ActionSpec, ActionStep, Observation, TokenLayout
@@ -87,6 +88,8 @@ class VLAPolicy:
         if hook is not None and compress is not None:
             raise PolicyError(f"a hook was given beside {compress}: the decoder has one, so give one of them")
         self.decoder = ActionDecoder(model, restricted, hook)
+        self._restricted, self._hooked = restricted, hook is not None
+        self._flops: dict[int, dict[str, int]] = {}
         # Prompts of a new length are compiled and recorded before an episode, not in it.
         self._rehearses = compile or model.device.type == "cuda"
         self._episode: VLAEpisode | None = None
@@ -101,7 +104,7 @@ class VLAPolicy:
     @compress.setter
     def compress(self, config: CompressConfig) -> None:
         self.decoder.hook = compressor(self.model, config)
-        self._compress = config
+        self._compress, self._hooked, self._flops = config, False, {}
         if self._episode is not None and self._rehearses:
             self._rehearse(self._episode.text)
 
@@ -141,7 +144,8 @@ class VLAPolicy:
         "preprocess", "vision", "select" (where the decoder may drop tokens), "prefill" (the rest of it) and "decode";
         none where the action is left of an earlier chunk.
 
-        flags: "prompt_tokens" where the model ran; "chunk_step", the number of the action, where chunks have several.
+        flags: "prompt_tokens" where the model ran, and what that costs of `mllm.flops`, "flops" (of the whole look) and
+        "visual_flops"; "chunk_step", the number of the action, where chunks have several.
         Raises PolicyError: an observation without what the model looks at.
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
@@ -157,13 +161,23 @@ class VLAPolicy:
                 seen[i] = {"kept": kept, "merged": merged, "plan": chunk if self.config.chunk > 1 else None}
         steps = []
         for i, episode in enumerate(episodes):
-            flags = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
+            flags: dict[str, int] = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
             if i in looking:
-                flags["prompt_tokens"] = length
+                flags |= {"prompt_tokens": length, **self._operations(len(episode.text))}
             action, episode.chunk = episode.chunk[0], episode.chunk[1:]
             spent = timing if i in looking else {}
             steps.append(ActionStep(action, spent, flags, **seen.get(i, {}), left=len(episode.chunk)))
         return steps
+
+    def _operations(self, words: int) -> dict[str, int]:
+        """Flags of one look with an instruction of so many tokens; none where a hook of somebody else's chooses."""
+        if self._hooked:
+            return {}
+        if words not in self._flops:
+            whole = step_flops(self.model, words, self._compress, self._restricted)["step"]
+            decoder, tokens = self.config.decoder, self.model.vision_backbone.tokens
+            self._flops[words] = {"flops": whole, "visual_flops": visual_flops(decoder, tokens, self._compress)}
+        return self._flops[words]
 
     def _infer(
         self, texts: list[list[int]], observations: list[Observation]

@@ -241,9 +241,11 @@ def evaluate(
                 return RolloutPlayer(make_env, RemoteExpert, facts)
             if shared is not None:
                 return RolloutPlayer(make_env, lambda _: SharedPolicy(shared, crew.post), facts, record)
-            own = first if number == 0 else make_policy(config.policy, **config.options)
+            own = first if number == 0 else _warm(make_policy(config.policy, **config.options))
             return RolloutPlayer(make_env, lambda _: cast(Policy, own), facts, record)
 
+        if ledger.missing and first is not None:
+            _warm(first)
         # A policy that was given, and answers one episode at a time, exists once.
         workers = 1 if policy is not None and shared is None else execution.workers
         blocks = make_blocks(ledger.missing, execution.in_a_row, workers)
@@ -257,6 +259,13 @@ def _env_class(executor: str) -> Callable[..., WorkerEnv]:
 
         return RayEnv
     return SupervisedEnv
+
+
+def _warm(policy: Policy) -> Policy:
+    """Lets the policy do what its first answer would take longer for; see `mllm.policy`."""
+    if warm_up := getattr(policy, "warm_up", None):
+        warm_up()
+    return policy
 
 
 def _policy_facts(policy: Policy | None) -> dict[str, Any]:

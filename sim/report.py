@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from sim.report_films import films
-from sim.report_plots import Point, latency_plot, steps_plot, variants_plot
+from sim.report_plots import latency_plot, steps_plot
 from sim.report_style import STYLE
+from sim.report_tables import outcome_counts, rate_cells, table
+from sim.report_variants import variants_section
 from sim.results import EpisodeResult, RunFile
 from sim.statistics import percent, pooled_stages, wilson
 
@@ -43,7 +45,7 @@ def make_page(
     several = len(configurations) > 1
     body = [_head(name, configurations, [episode for part in episodes.values() for episode in part], several)]
     if several:
-        body.append(_variants(episodes))
+        body.append(variants_section(episodes))
     for variant, configuration in configurations.items():
         if several:
             body.append(f"<h2>{escape(variant or 'unnamed variant')}</h2>")
@@ -54,13 +56,6 @@ def make_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
     )
-
-
-def _counts(episodes: Sequence[EpisodeResult]) -> tuple[int, int, int]:
-    """(successes, successes and failures, errors)."""
-    outcomes = [episode.outcome for episode in episodes]
-    successes, errors = outcomes.count("success"), outcomes.count("error")
-    return successes, len(outcomes) - errors, errors
 
 
 def _head(
@@ -75,7 +70,7 @@ def _head(
 
 
 def _tiles(episodes: Sequence[EpisodeResult]) -> str:
-    successes, n, errors = _counts(episodes)
+    successes, n, errors = outcome_counts(episodes)
     low, high = wilson(successes, n)
     policy = pooled_stages(episodes).get("policy")
     steps = [episode.steps for episode in episodes if episode.outcome == "success"]
@@ -93,54 +88,11 @@ def _tiles(episodes: Sequence[EpisodeResult]) -> str:
     return f'<div class="tiles">{boxes}</div>'
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: int, total: bool = False) -> str:
-    """A table of HTML cells; columns from `numeric` on are right-aligned, and the last row may be a total."""
-    classes = ["" if column < numeric else ' class="n"' for column in range(len(heads))]
-    head = "".join(f"<th{kind}>{text}</th>" for kind, text in zip(classes, heads, strict=True))
-    body = "".join(
-        f"<tr{' class=total' if total and number == len(rows) - 1 else ''}>"
-        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(classes, row, strict=True))
-        + "</tr>"
-        for number, row in enumerate(rows)
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _bar(successes: int, n: int) -> str:
-    if not n:
-        return ""
-    low, high = (100 * bound for bound in wilson(successes, n))
-    return (
-        f'<div class="bar"><i style="width:{100 * successes / n:.1f}%"></i>'
-        f'<u style="left:{low:.1f}%;width:{high - low:.1f}%"></u></div>'
-    )
-
-
-def _rate_cells(episodes: Sequence[EpisodeResult]) -> list[str]:
-    successes, n, errors = _counts(episodes)
-    low, high = wilson(successes, n)
-    rate = [percent(successes / n), f"{100 * low:.0f} - {100 * high:.0f} %"] if n else ["", ""]
-    return [_bar(successes, n), str(n), str(successes), *rate, str(errors or "")]
-
-
 def _grouped(episodes: Sequence[EpisodeResult], by: Callable[[EpisodeResult], Any]) -> dict[Any, list[EpisodeResult]]:
     groups: dict[Any, list[EpisodeResult]] = {}
     for episode in episodes:
         groups.setdefault(by(episode), []).append(episode)
     return groups
-
-
-def _variants(episodes: Mapping[str, Sequence[EpisodeResult]]) -> str:
-    rows, points = [], []
-    for variant, part in episodes.items():
-        successes, n, _ = _counts(part)
-        policy = pooled_stages(part).get("policy")
-        latency = [f"{policy[measure] * 1e3:.1f}" for measure in ("mean", "p50", "p99")] if policy else ["", "", ""]
-        rows.append([escape(variant or "unnamed"), *_rate_cells(part), *latency])
-        if policy and n:
-            points.append(Point(variant or "unnamed", successes / n, wilson(successes, n), policy["mean"] * 1e3))
-    heads = ["variant", "", "n", "solved", "success", "95 % interval", "errors", "mean ms", "p50 ms", "p99 ms"]
-    return f"<h2>Variants</h2>{_table(heads, rows, 2)}{variants_plot(points) if points else ''}"
 
 
 def _variant(configuration: Mapping[str, Any], episodes: Sequence[EpisodeResult], videos: int) -> str:
@@ -163,10 +115,10 @@ def _success(episodes: Sequence[EpisodeResult]) -> str:
     suites = _grouped(episodes, lambda episode: episode.key.suite)
     for suite, part in suites.items():
         tasks = _grouped(part, lambda episode: (episode.key.task, episode.language))
-        rows = [[str(task), escape(language), *_rate_cells(own)] for (task, language), own in tasks.items()]
-        rows.append(["", "all", *_rate_cells(part)])
+        rows = [[str(task), escape(language), *rate_cells(own)] for (task, language), own in tasks.items()]
+        rows.append(["", "all", *rate_cells(part)])
         heads = ["task", escape(suite), "", "n", "solved", "success", "95 % interval", "errors"]
-        tables.append(_table(heads, rows, 3, total=True))
+        tables.append(table(heads, rows, 3, total=True))
     return f"<h3>Success</h3>{''.join(tables)}"
 
 
@@ -207,7 +159,7 @@ def _latency(episodes: Sequence[EpisodeResult]) -> str:
         [escape(stage), *(f"{summary[name] * 1e3:.2f}" for name in ("mean", "p50", "p99")), str(summary["n"])]
         for stage, summary in pooled_stages(episodes).items()
     ]
-    return _table(["stage", "mean ms", "p50 ms", "p99 ms", "steps"], rows, 1) if rows else ""
+    return table(["stage", "mean ms", "p50 ms", "p99 ms", "steps"], rows, 1) if rows else ""
 
 
 def _flags(episodes: Sequence[EpisodeResult]) -> str:
@@ -231,7 +183,7 @@ def _flags(episodes: Sequence[EpisodeResult]) -> str:
         most = sorted(counts.items(), key=lambda item: -item[1])[:8]
         shares = ", ".join(f"{escape(text)} {percent(steps / total)}" for text, steps in most)
         rows.append([escape(name), shares, str(total)])
-    return f"<h3>Flags of the policy</h3>{_table(['flag', 'over all steps', 'steps'], rows, 2)}" if rows else ""
+    return f"<h3>Flags of the policy</h3>{table(['flag', 'over all steps', 'steps'], rows, 2)}" if rows else ""
 
 
 def _errors(episodes: Sequence[EpisodeResult]) -> str:

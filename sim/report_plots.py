@@ -15,6 +15,7 @@ from sim.results import EpisodeResult
 _COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--good)",
             "#010207": "var(--bad)", "#010208": "var(--mark)"}  # fmt: skip
 INK, SOFT, LINE, GOOD, BAD, MARK = _COLOURS
+LABEL, PARETO = 8, (9.6, 4.2)  # points of type; inches of the picture
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flashvla",  # the same run gives the same page
@@ -35,12 +36,12 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One variant in the picture of success against latency. interval: of the rate.  latency: mean ms a step."""
+    """One variant in a picture of success against cost. interval: of the rate.  cost: in the picture's unit."""
 
     name: str
     rate: float
     interval: tuple[float, float]
-    latency: float
+    cost: float
 
 
 def _svg(draw: Any, width: float = 5.4, height: float = 3.0) -> str:
@@ -111,23 +112,73 @@ def latency_plot(stages: Mapping[str, np.ndarray]) -> str:
     return _svg(draw)
 
 
-def variants_plot(points: Sequence[Point]) -> str:
-    """Success against mean latency, one point a variant."""
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in one of success and cost without being worse in the other, the cheapest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.rate)):
+        if not best or point.rate > best[-1].rate:
+            best.append(point)
+    return best
+
+
+def pareto_plot(points: Sequence[Point], cost: str) -> str:
+    """Success against cost, one point a variant, and a line through the front. cost: the axis, with its unit."""
 
     def draw(axes: Any) -> None:
-        for number, point in enumerate(sorted(points, key=lambda point: point.latency)):
+        best = front(points)
+        axes.step(
+            [point.cost for point in best],
+            [100 * point.rate for point in best],
+            where="post",
+            color=GOOD,
+            linewidth=1.2,
+            linestyle="--",
+        )
+        for point in points:
             low, high = point.interval
-            axes.plot([point.latency] * 2, [100 * low, 100 * high], color=SOFT, linewidth=1.2)
-            axes.plot([point.latency], [100 * point.rate], "o", color=MARK)
+            axes.plot([point.cost] * 2, [100 * low, 100 * high], color=SOFT, linewidth=0.8)
+            axes.plot([point.cost], [100 * point.rate], "o", color=GOOD if point in best else MARK)
+        axes.set(xlabel=cost, ylabel="success, %")
+        axes.grid(axis="both")
+        axes.margins(x=0.12, y=0.08)
+        places = [_place(axes, point.cost, 100 * point.rate) for point in points]
+        for point, offset in zip(points, label_offsets([point.name for point in points], places), strict=True):
             axes.annotate(
                 point.name,
-                (point.latency, 100 * point.rate),
-                xytext=(7, 4 if number % 2 else -10),  # neighbours are often close
+                (point.cost, 100 * point.rate),
+                xytext=offset,
                 textcoords="offset points",
-                fontsize=9,
+                fontsize=LABEL,
+                arrowprops={"arrowstyle": "-", "color": LINE, "shrinkA": 0, "shrinkB": 3} if offset[0] > 8 else None,
             )
-        axes.set(xlabel="policy, mean ms a step", ylabel="success, %")
-        axes.grid(axis="both")
-        axes.margins(x=0.2, y=0.1)
 
-    return _svg(draw, width=7.0, height=3.6)
+    return _svg(draw, *PARETO)
+
+
+def _place(axes: Any, x: float, y: float) -> tuple[float, float]:
+    """About where a point lies in the picture, in points of type from its lower left."""
+    limits = zip((x, y), (axes.get_xlim(), axes.get_ylim()), PARETO, strict=True)
+    across, up = (72 * size * (value - low) / (high - low) for value, (low, high), size in limits)
+    return across, up
+
+
+def label_offsets(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where each name stands from its point so that it hides no other: the nearest free place, one after the other.
+
+    places: of the points, in points of type; offsets are too.
+    """
+    taken = [(x - 4, x + 4, y - 4, y + 4) for x, y in places]
+    choices = sorted(
+        ((right, up) for right in (6.0, 24.0, 60.0) for up in np.arange(-98.0, 99.0, 10.0)),
+        key=lambda offset: offset[0] + abs(offset[1] + 2),
+    )
+    found = []
+    for name, (x, y) in zip(names, places, strict=True):
+        for right, up in choices:
+            left, bottom = x + right, y + up
+            box = (left, left + 0.62 * LABEL * len(name), bottom, bottom + LABEL)
+            if not any(a < box[1] and box[0] < b and c < box[3] and box[2] < d for a, b, c, d in taken):
+                break
+        taken.append(box)
+        found.append((right, up))
+    return found

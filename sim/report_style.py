@@ -31,7 +31,8 @@ p { margin: .4rem 0; max-width: 50rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { font-weight: 500; font-size: .86rem; text-align: left; }
 th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
-th.n, td.n { text-align: right; white-space: nowrap; }
+th.n, td.n, .scroll td:first-child { white-space: nowrap; }
+th.n, td.n { text-align: right; }
 tr.total td { font-weight: 600; }
 .bar { position: relative; height: .8rem; min-width: 5rem; background: var(--card); border-radius: .2rem; }
 .bar i { position: absolute; top: 0; bottom: 0; left: 0; background: var(--good); border-radius: .2rem; opacity: .85; }
@@ -49,6 +50,7 @@ tr.total td { font-weight: 600; }
 .key i:first-child { margin-left: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem; }
 .plots { margin-bottom: 1.6rem; }
+figure { margin: 0 0 1rem; }
 .plots figure { margin: 0; }
 svg { max-width: 100%; height: auto; color: var(--ink); }
 figcaption { color: var(--soft); font-size: .86rem; }

@@ -77,6 +77,8 @@ class Comparison:
     latency, relative_latency: change of the mean of the policy's s a step, in s and as a share of A's; None where a
         side has no step.
     stages: stage -> (A's, B's) mean, p50, p99 in s over all steps of the pairs; see `summarise_seconds`.
+    relative_flops, relative_visual_flops: change of the operations a step, reuse included, as a share of A's; None
+        where a side tells none.
     notes: circumstances that differ; latency may not be comparable.
     """
 
@@ -92,6 +94,8 @@ class Comparison:
     relative_latency: Change | None
     stages: Mapping[str, tuple[dict[str, float], dict[str, float]]]
     notes: tuple[str, ...] = ()
+    relative_flops: Change | None = None
+    relative_visual_flops: Change | None = None
 
 
 def _difference(seconds_a: Any, steps_a: Any, seconds_b: Any, steps_b: Any, axis: int = -1) -> Any:
@@ -133,9 +137,19 @@ def compare_episodes(
         for pair in (solved, solved[::-1])
     ]
     gains = solved[1].astype(float) - solved[0]
-    times = [_totals(side[key] for key in keys) for side in (mine, theirs)]
-    samples = (*times[0], *times[1])
-    timed = all(total.sum() > 0 for total in samples)
+    pairs = [[side[key] for key in keys] for side in (mine, theirs)]
+    samples = (*_totals(pairs[0]), *_totals(pairs[1]))
+
+    def relative(samples: tuple[np.ndarray, ...]) -> Change | None:
+        if not all(total.sum() > 0 for total in samples):
+            return None
+        a, a_steps, b, b_steps = samples
+        return Change(float(_ratio(a, a_steps, b, b_steps)), bootstrap(_ratio, samples, resamples, seed))
+
+    shares = [
+        relative(tuple(total for side in pairs for total in (flag_totals(side, flag), step_counts(side))))
+        for flag in ("flops", "visual_flops")
+    ]
     return Comparison(
         n=len(keys),
         successes=(int(solved[0].sum()), int(solved[1].sum())),
@@ -146,13 +160,13 @@ def compare_episodes(
         p_value=mcnemar(len(only[0]), len(only[1])),
         success=Change(float(gains.mean()), bootstrap(np.mean, [gains], resamples, seed)),
         latency=Change(float(_difference(*samples)), bootstrap(_difference, samples, resamples, seed))
-        if timed
+        if all(total.sum() > 0 for total in samples)
         else None,
-        relative_latency=Change(float(_ratio(*samples)), bootstrap(_ratio, samples, resamples, seed))
-        if timed
-        else None,
-        stages=_stages([mine[key] for key in keys], [theirs[key] for key in keys]),
-        notes=_notes([mine[key] for key in keys], [theirs[key] for key in keys]),
+        relative_latency=relative(samples),
+        stages=_stages(*pairs),
+        notes=_notes(*pairs),
+        relative_flops=shares[0],
+        relative_visual_flops=shares[1],
     )
 
 
@@ -164,6 +178,17 @@ def _totals(episodes: Iterable[EpisodeResult]) -> tuple[np.ndarray, np.ndarray]:
     """(n,) s that the policy took in each episode, and (n,) steps."""
     policy = [episode.timing.get("policy", np.zeros(0)) for episode in episodes]
     return np.array([np.nansum(seconds) for seconds in policy]), np.array([float(seconds.size) for seconds in policy])
+
+
+def flag_totals(episodes: Sequence[EpisodeResult], flag: str) -> np.ndarray:
+    """(n,) sum of a number that was flagged, over the steps of each episode; 0 where none was."""
+    found = [episode.flags.get(flag, {}) for episode in episodes]
+    return np.array([summary.get("mean", 0.0) * summary.get("n", 0) for summary in found], float)
+
+
+def step_counts(episodes: Sequence[EpisodeResult]) -> np.ndarray:
+    """(n,) control steps."""
+    return np.array([episode.steps for episode in episodes], float)
 
 
 def pooled_stages(episodes: Sequence[EpisodeResult]) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from mllm.actions import ActionStatistics  # noqa: E402
 from mllm.config import named_config  # noqa: E402
 from mllm.decoder import Kept  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
+from mllm.flops import step_flops, visual_flops  # noqa: E402
 from mllm.policy import Observation, Policy, check_action, make_policy  # noqa: E402
 from mllm.tokenizer import BEFORE_ACTION, LIBERO_WORDS, LlamaTokenizer, WordTokenizer, openvla_prompt  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
@@ -44,7 +45,20 @@ def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
     assert step.action.dtype == np.float32
     assert list(step.timing) == ["preprocess", "vision", "prefill", "decode"]
     assert all(seconds > 0 for seconds in step.timing.values())
-    assert step.flags == {"prompt_tokens": 1 + 128 + 17}
+    flops = {"flops": step_flops(policy.model, 1 + 17)["step"]}
+    flops["visual_flops"] = visual_flops(policy.config.decoder, 128)
+    assert step.flags == {"prompt_tokens": 1 + 128 + 17, **flops}
+
+
+def test_what_a_look_costs_follows_the_compression_that_holds(policy):
+    costs = []
+    for method in ("none", "uniform", "none"):
+        policy.configure(compress=method, keep=32)
+        policy.reset(TASK)
+        costs.append(policy.act(noise(0)).flags)
+    assert costs[0] == costs[2]
+    for name, share in (("flops", 1.0), ("visual_flops", 0.65)):
+        assert costs[1][name] < share * costs[0][name]
 
 
 def test_the_mini_has_a_few_million_parameters_and_64_tokens_a_camera(policy):

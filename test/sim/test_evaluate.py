@@ -101,6 +101,20 @@ def test_a_policy_answers_one_episode_a_call_unless_told_otherwise(tmp_path: Pat
     assert set(policy.batches) == {1}
 
 
+def test_a_policy_is_warmed_up_before_its_first_episode_and_not_for_nothing(tmp_path: Path) -> None:
+    class Cold(CountingPolicy):
+        warmed = 0
+
+        def warm_up(self) -> None:
+            assert not self._begun
+            self.warmed += 1
+
+    first, second = Cold(), Cold()
+    for policy in (first, second):
+        evaluate(tmp_path / "run", CONFIG, KEYS[:2], Execution(workers=1), policy)
+    assert (first.warmed, second.warmed) == (1, 0)
+
+
 def test_an_error_of_the_policy_is_one_episode_s_error_with_its_traceback(tmp_path: Path) -> None:
     evaluate(tmp_path / "run", CONFIG, KEYS, Execution(workers=1), CountingPolicy(fail_at=1))
     episodes = episodes_of(tmp_path / "run")

@@ -119,6 +119,26 @@ def test_variants_are_set_side_by_side() -> None:
     assert page.count("<svg") == 5
 
 
+def test_arms_have_a_picture_of_each_cost_and_paired_differences_from_the_first() -> None:
+    flops = {"none-off": 2e9, "flashvla-80-gated": 1e9}
+    parts = {
+        name: [
+            episode(
+                0, state, "success", name, flags={"flops": {"mean": value, "n": 3}, "reuse": {"mean": 0.25, "n": 4}}
+            )
+            for state in range(3)
+        ]
+        for name, value in flops.items()
+    }
+    page = make_page("run", dict.fromkeys(sorted(flops), CONFIGURATION), parts)
+    text = Page(page).text
+    assert page.count("<svg") == 6
+    assert "policy, mean ms a step" in text
+    assert "GFLOPs a step, mean" in text
+    assert "20.0 20.0 30.0 25.0 % 0.75" in text  # of every four steps three looked
+    assert "flashvla-80-gated 3 +0.0 (+0.0 to +0.0) 0 / 0 1 +0.0 (+0.0 to +0.0) -50.0 (-50.0 to -50.0)" in text
+
+
 def test_a_run_without_episodes_and_one_of_errors_alone_have_a_page() -> None:
     assert Page(make_page("run", {"": CONFIGURATION}, {"": []})).open == []
     failed = episode(0, 0, "error", steps=0, actions=np.zeros((0, 7), np.float32), timing={}, flags={})
