@@ -45,7 +45,6 @@ from flashvla_ros.traces import Trace
 from mllm.policy import ActionSpec
 from sim.env import LiberoEnv
 from sim.errors import ConfigurationError as SimConfigurationError
-from sim.tasks import asked
 
 NO_MOTION = np.zeros(6, np.float32)
 DISCOVERY_LIMIT = 30.0  # s that the first observation waits for somebody to receive it
@@ -157,9 +156,10 @@ class SimBridgeNode(Node):
     def _run_episode(self, stop: StopRequested) -> None:
         p = self._params.value
         env = self._environment(p)
-        self._episode = Trace(p.env_config(), asked(env.task, p.initial_state(), p.seed), p.initial_state(), p.mode)
+        config, start = p.env_config(), {"init_state": p.initial_state()}
+        self._episode = Trace(config, config.episode_task(options=start), p.initial_state(), p.mode)
         self._outcome = "running"
-        observation, info = env.reset(seed=p.seed, options={"init_state": p.initial_state()})
+        observation, info = env.reset(seed=p.seed, options=start)
         self._episode.begin(env.state())
         self._now_ns += 1_000_000_000  # no stamp of the last episode is mistaken for one of this
         self._announce(env.task.language, stop)

@@ -11,25 +11,12 @@ import numpy as np
 from flashvla_ros.bag_trace import BagTrace
 from flashvla_ros.errors import ConfigurationError
 from mllm.reuse import Reason
+from sim.report_plots import plot_style
 
 FORMATS = (".png", ".svg", ".pdf")
 INK, SOFT, LINE, REUSED, COMPUTED = "#1c2127", "#5d6773", "#dfe3e8", "#c05a2b", "#2f6fab"
 AXES = {"x": INK, "y": "#2f7d5b", "z": "#8a5bb5"}
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "legend.frameon": False,
-}
+_STYLE: dict[Any, Any] = {**plot_style(INK, SOFT, LINE), "font.size": 9, "axes.grid": True}
 
 
 def borders(times: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm.config import NAMED, named_config
+from mllm.config import NAMED, check_choice, named_config
 from mllm.errors import PolicyError
 from mllm.kernels import product
 from mllm.policy import Observation
@@ -46,10 +46,7 @@ class BenchConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        choices = (("model", tuple(NAMED)), ("device", ("cpu", "cuda")), ("dtype", tuple(DTYPES)))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise PolicyError(f"BenchConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        check_choice(self, {"model": tuple(NAMED), "device": ("cpu", "cuda"), "dtype": tuple(DTYPES)})
         for name, high in (("steps", 10_000), ("words", 200), ("threads", 1024)):
             if not 1 <= getattr(self, name) <= high:
                 raise PolicyError(f"BenchConfig.{name} is {getattr(self, name)}: it must be from 1 to {high}")

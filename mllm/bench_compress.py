@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mllm.bench import device_name, noise_observation, stage_summary
 from mllm.compress import METHODS, CompressConfig
-from mllm.config import NAMED, check_sizes
+from mllm.config import NAMED, check_choice, check_sizes
 from mllm.contribution import information_contribution
 from mllm.errors import PolicyError
 from mllm.flops import eigen_flops, step_flops, visual_flops
@@ -39,11 +39,7 @@ class BenchCompressConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name, allowed in (("model", tuple(NAMED)), ("device", ("cpu", "cuda"))):
-            if getattr(self, name) not in allowed:
-                raise PolicyError(
-                    f"BenchCompressConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
-                )
+        check_choice(self, {"model": tuple(NAMED), "device": ("cpu", "cuda")})
         wrong = [method for method in self.methods if method not in METHODS[1:]]
         if wrong or not self.methods:
             raise PolicyError(

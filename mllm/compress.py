@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.config import check_choice, check_sizes
+from mllm.config import check_choice, check_numbers, check_sizes
 from mllm.contribution import contribution, gram
 from mllm.decoder import Kept, LayerState
 from mllm.errors import PolicyError
@@ -64,10 +64,7 @@ class CompressConfig:
     def __post_init__(self) -> None:
         check_choice(self, {"method": METHODS, "matrix": MATRICES, "query": QUERIES})
         check_sizes(self, {"keep": (1, 1 << 16), "layer": (1, 255), "seed": (0, (1 << 63) - 1)})
-        for name, low in (("energy", 1e-6), ("attention_weight", 0.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= 1:
-                raise PolicyError(f"CompressConfig.{name} is {value!r}: it must be a number from {low:g} to 1")
+        check_numbers(self, {"energy": (1e-6, 1), "attention_weight": (0, 1)})
         for name in ("centre", "normalise", "per_camera", "trim"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"CompressConfig.{name} is {getattr(self, name)!r}: it must be true or false")

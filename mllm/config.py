@@ -34,6 +34,16 @@ def check_sizes(owner: object, limits: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
+def check_numbers(owner: object, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raises PolicyError unless every named attribute of `owner` is a number within its limits."""
+    for name, (low, high) in limits.items():
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise PolicyError(
+                f"{type(owner).__name__}.{name} is {value!r}: it must be a number from {low:g} to {high:g}"
+            )
+
+
 def check_choice(owner: object, choices: Mapping[str, tuple[str, ...]]) -> None:
     """Raises PolicyError unless every named attribute of `owner` is one of its choices."""
     for name, allowed in choices.items():

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm.config import check_choice, check_sizes
+from mllm.config import check_choice, check_numbers, check_sizes
 from mllm.errors import PolicyError
 from mllm.frame_gate import FrameGate
 from mllm.policy import ActionStep, TokenLayout
@@ -74,10 +74,7 @@ class ReuseConfig:
 
     def __post_init__(self) -> None:
         check_choice(self, {"mode": MODES})
-        for name, low, high in (("max_angle", 0, 180), ("min_overlap", -1, 1), ("max_surprise", 0, 255)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise PolicyError(f"ReuseConfig.{name} is {value!r}: it must be a number from {low} to {high}")
+        check_numbers(self, {"max_angle": (0, 180), "min_overlap": (-1, 1), "max_surprise": (0, 255)})
         if not isinstance(self.chance_corrected, bool):
             raise PolicyError(f"ReuseConfig.chance_corrected is {self.chance_corrected!r}: it must be true or false")
         check_sizes(self, {"max_consecutive": (1, 1000), "computed_between": (1, 1000)})

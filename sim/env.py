@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from mllm.policy import PROPRIO_SIZES, Observation
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.render import check_renderer, make_renderer
 from sim.stepping import STEPPERS, check_stepper
-from sim.tasks import STEP_LIMITS, asked, check_draw, check_suite, find_task, item_of, load_init_states
+from sim.tasks import STEP_LIMITS, TaskSpec, asked, check_draw, check_suite, find_task, item_of, load_init_states
 from sim.versions import provenance, warn_about_mujoco
 from sim.world import CONTROL_FREQ, GL_BACKENDS, Privileged, World
 
@@ -61,6 +62,11 @@ class EnvConfig:
             raise ConfigurationError(f"EnvConfig.gl is {self.gl!r}: choose one of {', '.join(GL_BACKENDS)}, or None")
         if len(set(self.cameras)) != len(self.cameras):
             raise ConfigurationError(f"EnvConfig.cameras names one twice: {', '.join(self.cameras)}")
+
+    def episode_task(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> TaskSpec:
+        """The task, with its instruction, of the episode that `LiberoEnv.reset` starts with these arguments."""
+        start = (options or {}).get("init_state", 0)
+        return asked(find_task(self.suite, self.task), start, self.seed if seed is None else seed)
 
 
 class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
@@ -142,7 +148,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         settle = self.config.settle_steps
         # Only the last sample before the policy's first look is worth drawing.
         self._world.sampler = None if settle else self._sample
-        self.task = asked(self.task, chosen, seed)
+        self.task = self.config.episode_task(seed, {"init_state": chosen})
         self._world.reset(seed, state, item=f"{item_of(self.task)}_1" if chosen == "shuffled" else None)
         for left in range(settle, 0, -1):
             self._world.sampler = self._sample if left == 1 else None

@@ -12,7 +12,7 @@ from mllm.policy import Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.supervisor import SupervisedEnv
-from sim.tasks import asked, find_task
+from sim.tasks import find_task
 
 _HOP_LIMIT = 30.0  # s that a call may take beyond its own limit: a busy node, a slow network
 _PLACE_LIMIT = 600.0  # s until the cluster has room for an environment
@@ -55,7 +55,7 @@ class RayEnv:
             limit += _PLACE_LIMIT
         observation, info = self._ask("reset", limit=limit, seed=seed, options=options)
         self._stamp = info["stamp"]
-        self.task = asked(self.task, (options or {}).get("init_state", 0), self.config.seed if seed is None else seed)
+        self.task = self.config.episode_task(seed, options)
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

@@ -16,21 +16,30 @@ _COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var
             "#010207": "var(--bad)", "#010208": "var(--mark)"}  # fmt: skip
 INK, SOFT, LINE, GOOD, BAD, MARK = _COLOURS
 LABEL, PARETO = 8, (9.6, 4.2)  # points of type; inches of the picture
+
+
+def plot_style(ink: str, soft: str, line: str) -> dict[Any, Any]:
+    """Settings of matplotlib that all pictures share, in these colours: of words, of labels, and of lines."""
+    return {
+        "font.family": "sans-serif",
+        "text.color": ink,
+        "axes.edgecolor": line,
+        "axes.labelcolor": soft,
+        "xtick.color": soft,
+        "ytick.color": soft,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": line,
+        "legend.frameon": False,
+    }
+
+
 _STYLE: dict[Any, Any] = {
+    **plot_style(INK, SOFT, LINE),
+    "font.size": 10,
     "svg.fonttype": "none",
     "svg.hashsalt": "flashvla",  # the same run gives the same page
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "legend.frameon": False,
 }
 
 

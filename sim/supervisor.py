@@ -16,7 +16,7 @@ from mllm.policy import Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.process import end, start
-from sim.tasks import asked, find_task
+from sim.tasks import find_task
 
 _CLOSE_LIMIT = 5.0  # seconds
 
@@ -62,7 +62,7 @@ class SupervisedEnv:
             self._start()
         observation, info = self.call("reset", seed=seed, options=options)
         self._stamp = info["stamp"]
-        self.task = asked(self.task, (options or {}).get("init_state", 0), self.config.seed if seed is None else seed)
+        self.task = self.config.episode_task(seed, options)
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:

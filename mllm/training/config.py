@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mllm.config import NAMED
+from mllm.config import NAMED, check_choice
 from mllm.errors import PolicyError
 
 # Path -> range of a number, inclusive.
@@ -106,9 +106,7 @@ class TrainConfig:
             raise PolicyError(f"TrainConfig.data is {self.data!r}: it must name one folder of demonstrations or more")
         if not self.init and self.model not in NAMED:
             raise PolicyError(f"TrainConfig.model is {self.model!r}: choose one of {', '.join(NAMED)}, or give init")
-        for name, allowed in (("precision", ("float32", "bfloat16")), ("device", ("cpu", "cuda"))):
-            if getattr(self, name) not in allowed:
-                raise PolicyError(f"TrainConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        check_choice(self, {"precision": ("float32", "bfloat16"), "device": ("cpu", "cuda")})
         whole = {item.name for item in fields(self) if item.type == "int"}
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
