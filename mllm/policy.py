@@ -82,6 +82,7 @@ class ActionStep:
     plan: (n, 7) float32, from a policy that predicts several actions, where it looked: `action` and those after it,
         also the ones that it will not carry out before it looks again.
     left: actions of an earlier look that follow this one; at 0 the next observation is looked at.
+    looks: whether anybody looks at the next observation's images; where not, they need not be drawn.
     """
 
     action: np.ndarray
@@ -91,6 +92,7 @@ class ActionStep:
     merged: np.ndarray | None = None
     plan: np.ndarray | None = None
     left: int = 0
+    looks: bool = True
 
 
 @dataclass(frozen=True)

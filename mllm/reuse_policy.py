@@ -40,7 +40,8 @@ class Turn:
         self.memories.computed(step)
         if not self.flags:
             return step
-        return replace(step, timing={**step.timing, **self.timing}, flags={**step.flags, **self.flags})
+        looks = step.looks or self.memories.config.mode == "gated"  # the gate sees every frame
+        return replace(step, timing={**step.timing, **self.timing}, flags={**step.flags, **self.flags}, looks=looks)
 
 
 class ReusePolicy:

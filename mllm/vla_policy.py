@@ -166,7 +166,8 @@ class VLAPolicy:
                 flags |= {"prompt_tokens": length, **self._operations(len(episode.text))}
             action, episode.chunk = episode.chunk[0], episode.chunk[1:]
             spent = timing if i in looking else {}
-            steps.append(ActionStep(action, spent, flags, **seen.get(i, {}), left=len(episode.chunk)))
+            left = len(episode.chunk)
+            steps.append(ActionStep(action, spent, flags, **seen.get(i, {}), left=left, looks=not left))
         return steps
 
     def _operations(self, words: int) -> dict[str, int]:

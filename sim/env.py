@@ -105,6 +105,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         self._stepper = STEPPERS[config.stepper](self._world)
         self._observation: dict[str, Any] = {}
         self._render_seconds = 0.0
+        self._looking = True
         self._stamp = 0.0
         self._sampled_time = self._start_time = 0.0
         self._steps = 0
@@ -142,6 +143,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         if options:
             raise ConfigurationError(f"unknown reset option {next(iter(options))!r}; the only one is 'init_state'")
         self._running = False
+        self._looking = True
         self._render_seconds = 0.0
         started = time.perf_counter()
         state = self._init_state(chosen)
@@ -172,15 +174,19 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
             f"choose 0 to {len(self.init_states) - 1}, 'sampled' or 'shuffled'"
         )
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.ndarray, look: bool = True
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """One control step of 1/20 s.
 
+        look: whether to draw the images, which take most of a step's time; without, the observation has none.
         Raises ConfigurationError: wrong shape, NaN, a value outside [-1, 1], or no episode running.
         Raises EnvironmentFault: the simulation diverged.
         """
         if not self._running:
             raise ConfigurationError("no episode is running: call reset() before step()")
         command = self._check_action(action)
+        self._looking = look
         self._render_seconds = 0.0
         started = time.perf_counter()
         success = self._stepper.step(command)
@@ -217,7 +223,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         }
         started = time.perf_counter()
         images = {}
-        if self._renderer is not None:
+        if self._renderer is not None and self._looking:
             for name, number in self._camera_ids.items():
                 images[name] = np.ascontiguousarray(self._renderer.render(number, self.config.image_size)[::-1])
         self._render_seconds += time.perf_counter() - started
@@ -249,6 +255,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         address = world.model.jnt_qposadr[world.model.body_jntadr[world.body_ids[name]]]
         world.data.qpos[address : address + 3] += shift
         world.domain.sim.forward()
+        self._looking = True
         self._sample()
         return self._observation
 

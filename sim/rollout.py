@@ -27,7 +27,9 @@ class Environment(Protocol):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]: ...
 
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
+    def step(
+        self, action: np.ndarray, look: bool = True
+    ) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
 
     def observation_for_policy(self, observation: dict[str, Any]) -> Observation: ...
 
@@ -122,7 +124,7 @@ def rollout(
             answer = policy.act(env.observation_for_policy(observation))
             elapsed = time.perf_counter() - started
             action = np.array(answer.action, dtype=np.float32)
-            observation, _, success, truncated, info = env.step(action)
+            observation, _, success, truncated, info = env.step(action, look=answer.looks)
             actions.append(action)
             for stage, seconds in (("policy", elapsed), *info["timing"].items()):
                 timing[stage].append(seconds)

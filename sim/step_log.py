@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -33,6 +34,8 @@ class StepLog:
         if self._keep_frames and observation.images:
             self.frames.append(np.hstack(list(observation.images.values())))
         step = self._policy.act(observation)
+        if self._keep_frames:
+            step = replace(step, looks=True)
         self.timing.append(step.timing)
         self.flags.append(step.flags)
         return step

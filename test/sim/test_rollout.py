@@ -1,11 +1,14 @@
 """Three outcomes, and what an episode keeps."""
 
+from contextlib import closing
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mllm.policy import ActionSpec, ActionStep, HoldPolicy, Observation
 from sim.bench import sample_actions
-from sim.env import LiberoEnv
+from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError
 from sim.rollout import rollout
 
@@ -55,6 +58,30 @@ def test_an_episode_without_the_goal_is_a_failure_at_the_step_limit(env: LiberoE
     assert {name: len(seconds) for name, seconds in episode.timing.items()} == dict.fromkeys(
         ("policy", "physics", "render"), 5
     )
+
+
+class SparingPolicy(ListPolicy):
+    """Looks at every other observation, or at all of them, and keeps what it was shown."""
+
+    def __init__(self, answers: list[object], every: bool) -> None:
+        super().__init__(answers)
+        self.every, self.shown = every, []  # type: ignore[var-annotated]
+
+    def act(self, observation: Observation) -> ActionStep:
+        self.shown.append(observation.images)
+        return replace(super().act(observation), looks=self.every or len(self.shown) % 2 == 0)
+
+
+def test_images_that_nobody_looks_at_are_not_drawn_and_nothing_else_changes() -> None:
+    env = LiberoEnv(EnvConfig("libero_goal", 7, ("agentview",), 64, "fast", step_limit=4))
+    with closing(env):
+        policies = [SparingPolicy(list(sample_actions(4)), every) for every in (True, False)]
+        full, sparing = (rollout(env, policy, record_states=True) for policy in policies)
+    np.testing.assert_array_equal(sparing.states, full.states)
+    all_of_them, some = (policy.shown for policy in policies)
+    assert [len(images) for images in all_of_them] == [1, 1, 1, 1]
+    assert [len(images) for images in some] == [1, 0, 1, 0]
+    np.testing.assert_array_equal(some[2]["agentview"], all_of_them[2]["agentview"])
 
 
 def test_reaching_the_goal_is_a_success(env: LiberoEnv) -> None:

@@ -31,10 +31,11 @@ class ToyEnv:
         self._steps, self._even = 0, (options or {})["init_state"] % 2 == 0
         return self._observation(), self._info()
 
-    def step(self, action: np.ndarray) -> Any:
+    def step(self, action: np.ndarray, look: bool = True) -> Any:
         self._steps += 1
         success = bool(self._even and action[0] > 0.25)
-        return self._observation(), float(success), success, self._steps >= (self.config.step_limit or 1), self._info()
+        observation = self._observation() if look else {**self._observation(), "images": {}}
+        return observation, float(success), success, self._steps >= (self.config.step_limit or 1), self._info()
 
     def observation_for_policy(self, observation: dict[str, Any]) -> Observation:
         return Observation(observation["images"], observation["proprio"], self._steps / 20)
