@@ -29,7 +29,7 @@ def test_every_parameter_in_a_parameter_file_exists_and_its_value_is_accepted(na
     from flashvla_ros.camera_node import CameraParameters
     from flashvla_ros.command_gate_node import GateParameters
     from flashvla_ros.parameters import _coerce
-    from flashvla_ros.policy_node import PolicyParameters
+    from flashvla_ros.policy_parameters import PolicyParameters
     from flashvla_ros.sim_bridge_parameters import BridgeParameters
 
     classes = {
