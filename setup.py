@@ -47,7 +47,17 @@ setup(
         # Statistics and report of `flashvla eval`.
         "eval": ["scipy>=1.15", "statsmodels>=0.14.4", "matplotlib>=3.8"],
         "ray": ["ray>=2.40"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "ruff", "mypy", "setuptools", "wheel", "dm-tree"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis>=6",
+            "ml_dtypes>=0.5",
+            "ruff",
+            "mypy",
+            "setuptools",
+            "wheel",
+            "dm-tree",
+        ],
     },
     entry_points={
         "console_scripts": ["flashvla = flashvla_ros.cli:main"],

@@ -1,0 +1,180 @@
+"""A linear layer whose weights are small integers, and whose inputs become small integers on the way in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant.errors import QuantError
+from quant.formats import FloatFormat, integers, round_to_grid
+from quant.tiles import CHANNELS, tile, untile
+
+INT32 = torch.iinfo(torch.int32).max
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How a layer's inputs are kept, one static grid for all of them: x ~ integer * scale + zero.
+
+    scale: above 0.  zero: 0 or less, and 0 for a signed format.  Raises QuantError: other values.
+    """
+
+    format: FloatFormat
+    scale: float
+    zero: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise QuantError(f"Activation.scale is {self.scale}: it must be a finite number above 0")
+        if not (math.isfinite(self.zero) and self.zero <= 0) or (self.format.signed and self.zero):
+            limit = "0, for the format is signed" if self.format.signed else "a finite number, 0 or less"
+            raise QuantError(f"Activation.zero is {self.zero} with {self.format.name}: it must be {limit}")
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers of x, float32 of its shape: what `quant.formats.quantise` multiplies by the scale."""
+        scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))
+        return round_to_grid((x.float() - zero) / scale, self.format)
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias, from codes: W[n, k] = integer of code[n, k] * scale[n] (MSFP, arXiv 2505.21591, by channel).
+
+        y[m, n] = sum_k q_x[m, k] q_w[n, k] * (scale[n] s_x) + (scale[n] z * sum_k q_w[n, k] + bias[n])
+
+    q_x, s_x, z: integers, scale and zero point of the inputs. The sum is exact in whole numbers, and the rest float32,
+    each operation rounded, so that every implementation gives the same bits. A row of x with a NaN gives NaN; what lies
+    beyond the grid, infinity too, becomes its end. Without `activation` x is not quantised, and the sum is float32.
+
+    codes: (N, K) uint8.
+    formats: one or more signed ones; choice: (N,) which of them is each channel's.
+    scale: (N,) float32, above 0.  bias: (N,) float32 or None.
+    Raises QuantError: sizes that do not match, a code outside its format, a scale that is not a finite number above 0.
+
+    x: (..., K), any floating type; y: (..., N), of the same type. No gradient goes through: train by
+    `quant.formats.quantise`.
+    """
+
+    tiles: Tensor
+    choice: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    sums: Tensor
+
+    def __init__(
+        self,
+        codes: Tensor,
+        formats: Sequence[FloatFormat],
+        choice: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+    ) -> None:
+        super().__init__()
+        _check(codes, formats, choice, scale, bias)
+        self.out_features, self.in_features = codes.shape
+        self.formats, self.activation = tuple(formats), activation
+        whole = _tables(self.formats).to(codes.device)[choice.long()[:, None], codes.long()]
+        largest = int(whole.abs().max()) if whole.numel() else 0
+        if max(format.bits for format in formats) <= 4:
+            self.register_buffer("tiles", tile(codes))
+        elif largest <= torch.iinfo(torch.int16).max:
+            self.register_buffer("tiles", tile(whole.to(torch.int8 if largest <= 127 else torch.int16)))
+        else:
+            # Formats of 8 bits have at most 7 significant bits: this holds their integers exactly.
+            self.register_buffer("tiles", whole.to(torch.bfloat16))
+        short = -self.out_features % CHANNELS
+        sums = whole.sum(1)
+        self.register_buffer("choice", F.pad(choice.to(torch.uint8), (0, short)))
+        self.register_buffer("scale", F.pad(scale.float(), (0, short)))
+        self.register_buffer("bias", None if bias is None else F.pad(bias.float(), (0, short)))
+        self.register_buffer("sums", F.pad(sums if self.tiles.dtype is torch.bfloat16 else sums.int(), (0, short)))
+        self._limit(whole)
+
+    def _limit(self, whole: Tensor) -> None:
+        """Sets `exact`: whether no sum can leave the int32 in which kernels add."""
+        longest = int(whole.abs().sum(1).max()) if whole.numel() else 0
+        self.exact = self.activation is not None and longest * self.activation.format.largest <= INT32
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        if self.choice.numel() and int(self.choice.max()) >= len(self.formats):
+            raise QuantError(f"{prefix}choice holds {int(self.choice.max())}: there are {len(self.formats)} formats")
+        self._limit(self.integers())
+
+    def integers(self) -> Tensor:
+        """(N, K) int64, the weights' integers."""
+        shape = (self.out_features, self.in_features)
+        if self.tiles.dtype is torch.bfloat16:
+            return self.tiles.long()
+        values = untile(self.tiles, shape).long()
+        if self.tiles.dtype is torch.uint8:
+            return _tables(self.formats).to(values.device)[self.choice[: shape[0], None].long(), values]
+        return values
+
+    def codes(self) -> Tensor:
+        """(N, K) uint8: the codes that the layer was made of, but for that of negative zero, which becomes zero."""
+        whole = self.integers()
+        codes = torch.empty(whole.shape, dtype=torch.uint8, device=whole.device)
+        for index, format in enumerate(self.formats):
+            rows = self.choice[: self.out_features] == index
+            half = 1 << (format.exponent + format.mantissa)
+            found = torch.searchsorted(integers(format, whole.device)[:half], whole[rows].abs())
+            codes[rows] = (found + half * (whole[rows] < 0)).to(torch.uint8)
+        return codes
+
+    def weight(self) -> Tensor:
+        """(N, K) float32: the numbers that the codes stand for."""
+        return self.integers().float() * self.scale[: self.out_features, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise QuantError("a packed layer has no gradient: use torch.no_grad, or train by quant.formats.quantise")
+        return self.reference(x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """`forward` in plain torch on any device, exact up to sums of 2^53."""
+        count = self.out_features
+        scale, bias, activation = self.scale[:count], self.bias, self.activation
+        bias = torch.zeros_like(scale) if bias is None else bias[:count]
+        if activation is None:
+            return F.linear(x.float(), self.weight(), bias).to(x.dtype)
+        total = F.linear(activation.integers(x).double(), self.integers().double()).float()
+        scale_x, zero = (torch.tensor(value, dtype=torch.float32) for value in (activation.scale, activation.zero))
+        offset = scale * zero * self.sums[:count].float() + bias
+        return (total * (scale * scale_x) + offset).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        names = "/".join(format.name for format in self.formats)
+        inputs = self.activation.format.name if self.activation else "float"
+        return f"{self.in_features}, {self.out_features}, weights={names}, inputs={inputs}"
+
+
+def _tables(formats: Sequence[FloatFormat]) -> Tensor:
+    """(formats, codes of the largest) int64: the integer of every code, and 0 beyond a format's codes."""
+    tables = [integers(format) for format in formats]
+    return torch.stack([F.pad(table, (0, max(map(len, tables)) - len(table))) for table in tables])
+
+
+def _check(codes: Tensor, formats: Sequence[FloatFormat], choice: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    if codes.ndim != 2 or codes.dtype != torch.uint8:
+        raise QuantError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}: they must be uint8 of shape (N, K)")
+    for name, value in (("choice", choice), ("scale", scale), ("bias", bias)):
+        if value is not None and value.shape != codes.shape[:1]:
+            raise QuantError(f"{name} has shape {tuple(value.shape)}: codes of {codes.shape[0]} channels want one each")
+    unsigned = [format.name for format in formats if not format.signed]
+    if unsigned or not formats:
+        raise QuantError(f"the formats of weights are {unsigned or 'none'}: name one or more signed ones")
+    if len(choice) and not 0 <= int(choice.min()) <= int(choice.max()) < len(formats):
+        raise QuantError(f"choice holds {int(choice.min())} to {int(choice.max())}: there are {len(formats)} formats")
+    limits = torch.tensor([format.codes for format in formats], device=codes.device)[choice.long()]
+    if bool((codes >= limits[:, None]).any()):
+        raise QuantError(f"a code is {int(codes.max())}: the formats {[format.name for format in formats]} have fewer")
+    wrong = ~(scale.isfinite() & (scale > 0))
+    if bool(wrong.any()):
+        raise QuantError(f"scale of channel {int(wrong.nonzero()[0])} is {float(scale[wrong][0])}: it must be above 0")
