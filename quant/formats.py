@@ -136,9 +136,13 @@ def encode(x: Tensor, format: FloatFormat, scale: Tensor, zero: Tensor | None = 
     x = x.float()
     if x.isnan().any():
         raise QuantError(f"{int(x.isnan().sum())} of {x.numel()} numbers are NaN: {format.name} has no code for it")
-    whole = round_to_grid((x if zero is None else x - zero) / scale, format)
+    return codes_of(round_to_grid((x if zero is None else x - zero) / scale, format), format)
+
+
+def codes_of(whole: Tensor, format: FloatFormat) -> Tensor:
+    """The inverse of `integers`. whole: float32, integers of the format. Returns uint8 of its shape."""
     half = 1 << (format.exponent + format.mantissa)
-    codes = torch.searchsorted(integers(format, x.device)[:half].float(), whole.abs())
+    codes = torch.searchsorted(integers(format, whole.device)[:half].float(), whole.abs())
     return (codes + half * (whole < 0)).to(torch.uint8)
 
 

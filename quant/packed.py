@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.errors import QuantError
-from quant.formats import FloatFormat, integers, round_to_grid
+from quant.formats import FloatFormat, codes_of, integers, round_to_grid
 from quant.tiles import CHANNELS, tile, untile
 
 INT32 = torch.iinfo(torch.int32).max
@@ -119,13 +119,12 @@ class PackedLinear(nn.Module):
 
     def codes(self) -> Tensor:
         """(N, K) uint8: the codes that the layer was made of, but for that of negative zero, which becomes zero."""
-        whole = self.integers()
+        # No integer of a format has more significant bits than float32.
+        whole = self.integers().float()
         codes = torch.empty(whole.shape, dtype=torch.uint8, device=whole.device)
         for index, format in enumerate(self.formats):
             rows = self.choice[: self.out_features] == index
-            half = 1 << (format.exponent + format.mantissa)
-            found = torch.searchsorted(integers(format, whole.device)[:half], whole[rows].abs())
-            codes[rows] = (found + half * (whole[rows] < 0)).to(torch.uint8)
+            codes[rows] = codes_of(whole[rows], format)
         return codes
 
     def weight(self) -> Tensor:
