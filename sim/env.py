@@ -174,9 +174,7 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
             f"choose 0 to {len(self.init_states) - 1}, 'sampled' or 'shuffled'"
         )
 
-    def step(
-        self, action: np.ndarray, look: bool = True
-    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray, look: bool = True) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """One control step of 1/20 s.
 
         look: whether to draw the images, which take most of a step's time; without, the observation has none.

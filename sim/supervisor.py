@@ -65,9 +65,7 @@ class SupervisedEnv:
         self.task = self.config.episode_task(seed, options)
         return observation, info
 
-    def step(
-        self, action: np.ndarray, look: bool = True
-    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray, look: bool = True) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """See `LiberoEnv.step`."""
         answer = self.call("step", action, look)
         self._stamp = answer[-1]["stamp"]
