@@ -125,6 +125,13 @@ def test_off_is_the_policy_s_own_answer_to_the_bit():
         assert (mine.flags, set(mine.timing)) == (theirs.flags, set(theirs.timing))
 
 
+def test_a_chunked_model_needs_no_image_until_it_looks_again_but_the_gate_sees_every_frame():
+    plain = answers(with_reuse(chunked(), ReuseConfig()), range(8))
+    assert [step.looks for step in plain] == [step.left == 0 for step in plain]
+    assert {step.looks for step in plain} == {True, False}
+    assert all(step.looks for step in answers(with_reuse(chunked(), ReuseConfig("gated")), range(8)))
+
+
 def test_a_chunked_model_goes_on_with_its_own_plan_and_is_not_run():
     inner = chunked()
     steps = answers(with_reuse(inner, ALWAYS), range(10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
@@ -232,11 +233,21 @@ class RenderedPolicy(HoldPolicy):
     render: Mapping[str, Any] = {"renderer": "fast", "image_size": 32, "cameras": ["agentview", "robot0_eye_in_hand"]}
 
 
-def test_a_policy_says_how_it_is_to_be_rendered_and_failures_are_recorded(tmp_path: Path) -> None:
+class SparingPolicy(RenderedPolicy):
+    """Never looks again."""
+
+    def act(self, observation: Observation) -> ActionStep:
+        return dataclasses.replace(super().act(observation), looks=False)
+
+
+@pytest.mark.parametrize("policy", [RenderedPolicy(), SparingPolicy()], ids=["looks", "does not look"])
+def test_a_policy_says_how_it_is_to_be_rendered_and_failures_are_recorded(
+    policy: RenderedPolicy, tmp_path: Path
+) -> None:
     import av
 
     config = EvalConfig(policy="rendered", step_limit=4)
-    evaluate(tmp_path / "run", config, KEYS[:1], Execution(workers=1, record_failures=True), RenderedPolicy())
+    evaluate(tmp_path / "run", config, KEYS[:1], Execution(workers=1, record_failures=True), policy)
     (episode,) = episodes_of(tmp_path / "run")
     with RunFile(tmp_path / "run") as run:
         stored = run.configurations()[""]["env"]
