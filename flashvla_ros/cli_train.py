@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -83,17 +84,21 @@ class Dagger:
 
 @dataclass(frozen=True)
 class Ship:
-    """Write what a run has learned as a checkpoint for others: half precision, curves, and how it came about."""
+    """Write what a run has learned as a checkpoint for others: its weights, curves, and how it came about."""
 
     run_folder: tyro.conf.Positional[Path]
     """Folder of a run of `flashvla train`."""
     out: tyro.conf.Positional[Path]
     """Folder to write."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """float16 is half the size, and rounds: evaluate what was written. float32 gives the same actions."""
 
     def run(self) -> int:
+        import torch
+
         from mllm.training.ship import ship
 
-        ship(self.run_folder, self.out)
+        ship(self.run_folder, self.out, getattr(torch, self.dtype))
         sys.stdout.write(f"{self.out}\n")
         return 0
 

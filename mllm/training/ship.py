@@ -1,4 +1,4 @@
-"""From a run's folder to a checkpoint that others get: half the size, with how it came about beside it."""
+"""From a run's folder to a checkpoint that others get, with how it came about beside it."""
 
 from __future__ import annotations
 
