@@ -62,8 +62,8 @@ class Demo:
     """Index or instruction."""
     init_state: int = 0
     """Official initial state."""
-    checkpoint: str = ""
-    """Folder of the policy's weights; those that come with the package if not given."""
+    policy: str = "mini"
+    """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     episode: Path | None = None
     """Recorded actions to replay instead."""
@@ -75,15 +75,15 @@ class Demo:
     """Print the result as JSON on stdout; everything else goes to stderr."""
     settings: Settings = field(default=())
 
-    def options(self) -> dict[str, Any]:
-        """Of the policy."""
-        return ({"checkpoint": self.checkpoint} if self.checkpoint else {}) | self.how.chosen()
-
     def run(self) -> int:
         from flashvla_ros.demo import driven, replayed, run_demo
 
         task = int(self.task) if self.task.isdigit() else self.task
-        act = replayed(self.episode) if self.episode else driven(self.options(), self.suite, task, self.init_state)
+        act = (
+            replayed(self.episode)
+            if self.episode
+            else driven(self.policy, self.how.chosen(), self.suite, task, self.init_state)
+        )
         overrides = parse_overrides(self.settings)
         return run_demo(act, realtime=self.realtime, runs=self.runs, json_output=self.json, overrides=overrides)
 
@@ -152,7 +152,7 @@ class Serve:
     """
 
     policy: tyro.conf.Positional[str] = "mini"
-    """Name of an installed policy."""
+    """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     host: str = "127.0.0.1"
     """IP address to listen on; one that other machines can reach needs a token."""

@@ -55,7 +55,7 @@ class Collect:
     renderer: str = "fast"
     """official or fast; train and evaluate with the same."""
     policy: str = ""
-    """Name of an installed policy that acts instead of the disturbed expert."""
+    """Name of an installed policy, or a folder of weights, that acts instead of the disturbed expert."""
     policy_options: str = "{}"
     """JSON object: keyword arguments of the policy's constructor."""
     beta: float = 0.5

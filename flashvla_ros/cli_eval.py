@@ -20,7 +20,7 @@ class Eval(EpisodeOptions):
     """
 
     policy: str = "mini"
-    """Name of an installed policy, or expert (the scripted one, which reads the simulator)."""
+    """Name of an installed policy, a folder of weights, or expert (the scripted one, which reads the simulator)."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     run_file: tyro.conf.Positional[Path | None] = None
     """File of the run (.sqlite), before any option; runs/POLICY.sqlite if not given."""
@@ -117,7 +117,7 @@ class SwapObjects:
     """Tell a policy another object's name in scenes of libero_object that hold both, and see to which one it goes."""
 
     policy: str = "mini"
-    """Name of an installed policy."""
+    """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
@@ -161,7 +161,7 @@ class PushObjects:
     """
 
     policy: str = "mini"
-    """Name of an installed policy."""
+    """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     rules: tuple[str, ...] = ("off", "paper", "gated")
     """off, paper, gated, or JSON objects of settings; that of the first that is on finds the step."""

@@ -28,7 +28,7 @@ class Grid:
     reuses: tuple[str, ...] = ("off", "gated")
     """off, paper, gated, or JSON objects of settings."""
     policy: str = "mini"
-    """Name of an installed policy."""
+    """Name of an installed policy, or a folder of weights."""
     options: str = "{}"
     """JSON object: keyword arguments of the policy's constructor."""
 

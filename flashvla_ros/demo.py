@@ -17,9 +17,9 @@ from rich.table import Table
 from flashvla_ros.monitor import EpisodeMonitor, percentiles
 from flashvla_ros.ros_player import graph_overrides
 from flashvla_ros.session import Session, interruptible, ros_context, run_episode
-from mllm.hf_config import WEIGHTS, load_config
+from mllm.policy import make_policy
 from mllm.recording import load_recording
-from sim.env import EnvConfig
+from sim.evaluate import EvalConfig
 from sim.results import EpisodeKey
 from sim.tasks import STEP_LIMITS, find_task
 
@@ -61,16 +61,15 @@ def replayed(episode: Path) -> Act:
     )
 
 
-def driven(options: Mapping[str, Any], suite: str, task: int | str, init_state: int) -> Act:
-    """The mini, which sees the cameras. options: see `mllm.vla_policy.mini_policy`.
+def driven(policy: str, options: Mapping[str, Any], suite: str, task: int | str, init_state: int) -> Act:
+    """A policy that sees the cameras, and images as it wants them. policy, options: see `mllm.policy.make_policy`.
 
-    Raises PolicyError or ConfigurationError: no such checkpoint, suite, task or initial state.
+    Raises PolicyError or ConfigurationError: no such policy, suite, task or initial state.
     """
-    config = load_config(Path(options.get("checkpoint") or WEIGHTS / "mini"))
-    env = EnvConfig(suite, task, **{"cameras": config.cameras, **config.render})  # type: ignore[arg-type]
+    env = EvalConfig(policy, options).env(make_policy(policy, **options))
     found = find_task(suite, task)
     key = EpisodeKey(suite, found.index, init_state, env.seed)
-    overrides = graph_overrides(env, "mini", options, key)
+    overrides = graph_overrides(env, policy, options, key)
     return Act(overrides, STEP_LIMITS[suite], f"{suite} task {found.index}: {found.language}")
 
 

@@ -16,7 +16,7 @@ TUNABLE = ("reuse", "compress", "keep")  # parameters that are options of the po
 
 @dataclass(frozen=True)
 class PolicyParameters:
-    policy: str = param("hold", "name in the flashvla.policies entry-point group: hold, replay, ...")
+    policy: str = param("hold", "name in the flashvla.policies entry-point group, such as mini, or a folder of weights")
     policy_options: str = param("{}", "JSON object: keyword arguments of the policy's constructor")
     reuse: str = param(
         "",

@@ -17,9 +17,11 @@ the first episode, `clear()`, called where a command was not carried out as prop
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -175,17 +177,15 @@ def policy_names() -> list[str]:
 
 
 def make_policy(name: str, **options: Any) -> Policy:
-    """Builds the policy that `name` stands for in the `flashvla.policies` entry-point group.
+    """Builds the policy that `name` stands for in the `flashvla.policies` entry-point group, or the one in a folder of
+    that name, which `mllm.checkpoint.save_checkpoint` wrote: `mllm.vla_policy.mini_policy`.
 
     options: keyword arguments of the policy's constructor; "reuse" aside, which any policy can be given: see
         `mllm.reuse.ReuseConfig.parse`.
     Raises PolicyError: unknown name, unknown or missing option, or an object without the interface.
     """
     reuse = options.pop("reuse", None)
-    found = [entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name == name]
-    if not found:
-        raise PolicyError(f"no policy is called '{name}'; installed: {', '.join(policy_names()) or 'none'}")
-    factory = found[0].load()
+    factory = _find(name)
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
@@ -199,3 +199,15 @@ def make_policy(name: str, **options: Any) -> Policy:
     from mllm.reuse_policy import with_reuse
 
     return with_reuse(policy, ReuseConfig.parse(reuse))
+
+
+def _find(name: str) -> Callable[..., Any]:
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            return entry.load()  # type: ignore[no-any-return]
+    if Path(name).is_dir():
+        from mllm.vla_policy import mini_policy
+
+        return partial(mini_policy, name)
+    installed = ", ".join(policy_names()) or "none"
+    raise PolicyError(f"no policy is called '{name}', and there is no folder {name}; installed: {installed}")

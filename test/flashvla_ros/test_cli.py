@@ -103,7 +103,7 @@ def test_demo_whose_disk_is_full_fails_and_says_so(ros_environment, tmp_path):
     ("arguments", "said"),
     [
         (["demo", "--episode", "/nowhere"], "/nowhere"),
-        (["demo", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["demo", "--policy", "/nowhere"], "/nowhere"),
         (["demo", "--task", "77"], "77"),
         (["train", "/nowhere.yaml"], "/nowhere.yaml"),
         (["dagger", "/nowhere.yaml"], "/nowhere.yaml"),

@@ -165,10 +165,13 @@ def test_a_checkpoint_of_the_mini_answers_as_the_mini_does(policy, tmp_path):
     from mllm.checkpoint import save_checkpoint
 
     save_checkpoint(tmp_path, policy.model, policy.tokenizer)
-    loaded = make_policy("mini", checkpoint=str(tmp_path))
-    for each in (policy, loaded):
-        each.reset(TASK)
-    assert np.array_equal(loaded.act(noise(1)).action, policy.act(noise(1)).action)
+    policy.reset(TASK)
+    expected = policy.act(noise(1)).action
+    for loaded in (make_policy("mini", checkpoint=str(tmp_path)), make_policy(str(tmp_path), threads=None)):
+        loaded.reset(TASK)
+        assert np.array_equal(loaded.act(noise(1)).action, expected)
+    with pytest.raises(PolicyError, match="no policy is called '/nowhere', and there is no folder"):
+        make_policy("/nowhere")
 
 
 def test_statistics_are_chosen_by_name_or_are_the_only_ones(policy):
