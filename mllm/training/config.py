@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from mllm.config import NAMED, check_choice
@@ -60,7 +61,8 @@ class TrainConfig:
     shift: pixels by which images are moved at random.  jitter: largest change of brightness and contrast.
     proprio_noise: spread of what is added to proprioception, in its normalised units.
     validation: share of the episodes that are held out.
-    precision: "float32" or "bfloat16" (matrix products only; weights stay float32).
+    precision: "float32" or "bfloat16" (matrix products only; weights stay float32), or "auto": bfloat16 where the
+        processor has instructions for it, else float32. A run goes on in the precision that it began in.
     lora_rank: 0 trains every weight; above, low-rank adapters of the decoder alone, merged into what is shipped.
     checkpoint_seconds, log_seconds: between checkpoints, and between lines of progress.
     """
@@ -90,7 +92,7 @@ class TrainConfig:
     jitter: float = 0.1
     proprio_noise: float = 0.02
     validation: float = 0.02
-    precision: str = "bfloat16"
+    precision: str = "auto"
     device: str = "cpu"
     threads: int = 2
     lora_rank: int = 0
@@ -106,7 +108,7 @@ class TrainConfig:
             raise PolicyError(f"TrainConfig.data is {self.data!r}: it must name one folder of demonstrations or more")
         if not self.init and self.model not in NAMED:
             raise PolicyError(f"TrainConfig.model is {self.model!r}: choose one of {', '.join(NAMED)}, or give init")
-        check_choice(self, {"precision": ("float32", "bfloat16"), "device": ("cpu", "cuda")})
+        check_choice(self, {"precision": ("auto", "float32", "bfloat16"), "device": ("cpu", "cuda")})
         whole = {item.name for item in fields(self) if item.type == "int"}
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
@@ -118,6 +120,18 @@ class TrainConfig:
             for key, weight in getattr(self, name).items():
                 if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1000:
                     raise PolicyError(f"TrainConfig.{name}: {key!r} has {weight!r}: it must be from 0 to 1000")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products. Raises KeyError: the precision is not resolved."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+
+    def resolved(self, began: str | None = None) -> TrainConfig:
+        """With a precision in place of "auto": what the run began in, or what suits this processor."""
+        if self.precision != "auto":
+            return self
+        fast = self.device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return replace(self, precision=began or ("bfloat16" if fast else "float32"))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

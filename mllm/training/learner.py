@@ -72,8 +72,7 @@ class Learner(nn.Module):
         device = model.device
         actions = torch.from_numpy(self.normalised(batch.actions)).to(device, torch.float32)
         known = torch.from_numpy(batch.known).to(device, torch.float32)
-        precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype is torch.bfloat16):
             visual = model.visual_tokens(self.pixels(batch.images, generator))
             prompt = model.prompt(visual, batch.texts, self.proprio(batch, generator))
             if model.action_head is not None:

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from mllm.training.config import TrainConfig
+from mllm.training.muon import Muon
 
 # Modules whose two-dimensional weights turn one hidden state into another.
 HIDDEN = ("blocks.", "layers.", "projector.")
 
 
 def make_optimisers(learner: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024, by torch) and AdamW over the weights that are trained."""
+    """Muon and AdamW over the weights that are trained."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in learner.named_parameters():
@@ -25,7 +26,7 @@ def make_optimisers(learner: nn.Module, config: TrainConfig) -> list[torch.optim
         torch.optim.AdamW(others, lr=config.adamw_rate, betas=(0.9, 0.97), weight_decay=config.weight_decay)
     ]
     if matrices:
-        optimisers.append(torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay))
+        optimisers.append(Muon(matrices, config.muon_rate, config.weight_decay, dtype=config.dtype))
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["full_rate"] = group["lr"]

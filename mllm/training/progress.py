@@ -26,8 +26,7 @@ class Progress:
         self._count = 0
         self._began = time.monotonic()
         # The best rate of this machine in the precision of the run, beside which a rate means something.
-        precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self._peak = machine_speeds(precision, torch.device(config.device))["gflop_per_s"]
+        self._peak = machine_speeds(config.dtype, torch.device(config.device))["gflop_per_s"]
         self._forget_after(step)
         try:
             from torch.utils.tensorboard import SummaryWriter

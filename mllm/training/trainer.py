@@ -37,8 +37,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, runs: Path, say: Callable[[str], None]) -> None:
-        self.config, self.say = config, say
-        self.folder = runs / config.name
+        self.folder, self.say = runs / config.name, say
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.batch % self.ranks:
             raise PolicyError(f"TrainConfig.batch is {config.batch}: it must be a multiple of {self.ranks} processes")
@@ -50,6 +49,7 @@ class Trainer:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = read_facts(self.folder)
+        config = self.config = config.resolved(facts and facts["config"]["precision"])
         paths = find_demonstrations(config.data)
         say(f"reading {len(paths)} demonstrations")
         demos, self.digest = load_demonstrations(paths)

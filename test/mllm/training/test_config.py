@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 import mllm.training
 from mllm.errors import PolicyError
@@ -52,3 +53,11 @@ def test_rates_rise_in_a_line_and_fall_by_half_a_cosine():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configurations_are_valid(path):
     assert read_train_config(path).name == path.stem
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in():
+    config = TrainConfig("run", ("data",))
+    assert config.resolved().dtype in (torch.float32, torch.bfloat16)
+    assert [config.resolved(began).precision for began in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    assert replace(config, precision="float32").resolved("bfloat16").precision == "float32"
+    assert replace(config, device="cuda").resolved().dtype is torch.bfloat16
