@@ -9,10 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import mllm.training
-from mllm.errors import PolicyError
-from mllm.training.config import TrainConfig, read_train_config
-from mllm.training.optimiser import rate_share
+import mllm.training  # noqa: E402
+from mllm.errors import PolicyError  # noqa: E402
+from mllm.training.config import TrainConfig, read_train_config  # noqa: E402
+from mllm.training.optimiser import rate_share  # noqa: E402
 
 CONFIGS = Path(mllm.training.__file__).parent / "configs"
 
