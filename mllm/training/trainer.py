@@ -49,7 +49,7 @@ class Trainer:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = read_facts(self.folder)
-        config = self.config = config.resolved(facts and facts["config"]["precision"])
+        config = self.config = config.resolved(facts["config"]["precision"] if facts else None)
         paths = find_demonstrations(config.data)
         say(f"reading {len(paths)} demonstrations")
         demos, self.digest = load_demonstrations(paths)
