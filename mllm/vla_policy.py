@@ -313,10 +313,3 @@ def mini_policy(
         execute=execute,
         compile=compile,
     )
-
-
-def mini_ar_policy(checkpoint: str = "", **options: Any) -> VLAPolicy:
-    """The `mini-ar` of the group: one action of seven tokens, one after the other, as OpenVLA answers. See
-    `mini_policy`, whose options it takes.
-    """
-    return mini_policy(checkpoint or str(WEIGHTS / "mini-ar"), **options)
