@@ -39,9 +39,8 @@ class MSFPConfig:
     anomalous: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = {"bits": self.bits, "ends": self.ends, **{f"least['{key}']": value for key, value in self.least.items()}}
-        if self.act_bits is not None:
-            given["act_bits"] = self.act_bits
+        given = {"bits": self.bits, "act_bits": BITS[-1] if self.act_bits is None else self.act_bits, "ends": self.ends}
+        given |= {f"least['{pattern}']": value for pattern, value in self.least.items()}
         for name, value in given.items():
             if value not in BITS or isinstance(value, bool):
                 raise QuantError(f"MSFPConfig.{name} is {value!r}: choose one of {', '.join(map(str, BITS))}")

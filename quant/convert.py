@@ -1,6 +1,6 @@
 """From a model of linear layers to one of packed layers, in two passes: see the inputs, then search and replace.
 
-    seen = calibrate(model, lambda: model(batch))      # quant.calibration
+    seen = calibrate(model, lambda: model(batch))  # quant.calibration
     report = quantize_(model, MSFPConfig(bits=4), seen)
 """
 
@@ -84,12 +84,12 @@ def quantize_(
     known = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     if strange := sorted(set(calibration) - set(known)):
         raise QuantError(f"calibration saw layer '{strange[0]}', which the model lacks: calibrate this model")
-    order = list(calibration)
+    ends = (next(iter(calibration)), list(calibration)[-1]) if calibration else ()
     reasons = {name: _reason(name, layer, config, calibration, filter_fn) for name, layer in known.items()}
     done: list[Packed] = []
-    for name in order:
+    for name, seen in calibration.items():
         if not reasons[name]:
-            layer, report = quantise_layer(name, known.pop(name), config, calibration[name], name in (order[0], order[-1]))
+            layer, report = quantise_layer(name, known.pop(name), config, seen, name in ends)
             replace_(model, name, layer)
             done.append(report)
     left = [
@@ -131,7 +131,8 @@ def quantise_layer(
         best = search_input(seen.sample, seen.minimum, seen.maximum, tried)[0]
         activation, input_nmse = Activation(best.format, best.scale, best.zero), best.nmse
     packed = pack_layer(layer, grid, activation)
-    clips = grid.scale * torch.tensor([one.largest for one in grid.formats], device=grid.scale.device)[grid.choice.long()]
+    largest = torch.tensor([one.largest for one in grid.formats], device=grid.scale.device)
+    clips = grid.scale * largest[grid.choice.long()]
     counts = grid.choice.bincount(minlength=len(grid.formats)).tolist()
     formats = {format.name: count for format, count in zip(grid.formats, counts, strict=True)}
     clip = float(clips.median()) if len(clips) else 0.0
