@@ -372,15 +372,12 @@ class LanguageModel(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor, ids: tuple[int, int] | None = None) -> Tensor:
         """hidden: (B, T, d). Returns (B, T, vocab), or of ids[0] to ids[1] - 1 alone, which reads fewer weights."""
-        head = self.lm_head
-        if ids is None:
-            return head(hidden)
-        # A packed one, which has no rows to choose from, is read whole.
-        return product(hidden, head.weight[slice(*ids)]) if isinstance(head, Linear) else head(hidden)[..., slice(*ids)]
+        weight = self.lm_head.weight
+        return product(hidden, weight if ids is None else weight[ids[0] : ids[1]])
 
     def best(self, hidden: Tensor, ids: tuple[int, int]) -> Tensor:
         """hidden: (B, T, d). Returns the likeliest of ids[0] to ids[1] - 1, (B, T) int64."""

@@ -18,12 +18,13 @@ from quant.convert import Report, quantize_, replace_
 from quant.packed import PackedLinear
 
 # What comes from the robot and goes to it is few numbers, each of which counts: these layers have 8 bits or more.
-LEAST = {"proprio_projector.fc1": 8, "action_head.*": 8, "language_model.lm_head": 8}
+LEAST = {"proprio_projector.fc1": 8, "action_head.*": 8}
+EXCLUDE = {"language_model.lm_head": "of its rows only those of the action tokens are read"}
 
 
 def vla_config(bits: int = 4, act_bits: int | None = 4, family: str = "msfp") -> MSFPConfig:
     """How the layers of a `mllm.vla.VLA` are quantised; see `MSFPConfig`."""
-    return MSFPConfig(bits, act_bits, family, least=LEAST)
+    return MSFPConfig(bits, act_bits, family, least=LEAST, exclude=EXCLUDE)
 
 
 def observe(policy: VLAPolicy, clips: Sequence[Clip]) -> dict[str, Inputs]:
@@ -67,7 +68,7 @@ def hold_out(clips: Sequence[Clip], count: int, seed: int = 0) -> tuple[list[Cli
         held.add(path)
     kept = [clip for clip in clips if clip.path not in held]
     if not kept:
-        raise PolicyError(f"{len(paths)} episodes leave none to calibrate on beside {count} clips to check on: give more")
+        raise PolicyError(f"{len(paths)} episodes leave none to calibrate on beside {count} clips to check: give more")
     return kept, [clip for clip in clips if clip.path in held]
 
 

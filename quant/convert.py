@@ -1,7 +1,9 @@
 """From a model of linear layers to one of packed layers, in two passes: see the inputs, then search and replace.
 
-    seen = calibrate(model, lambda: model(batch))  # quant.calibration
+    seen = calibrate(model, lambda: model(batch))
     report = quantize_(model, MSFPConfig(bits=4), seen)
+
+`calibrate` is `quant.calibration`'s.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def quantize_(
     Raises QuantError: the calibration is of another model, or a weight has a number that is not finite.
     """
     known = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    if strange := sorted(set(calibration) - set(known)):
+    if strange := [name for name in calibration if name not in known]:
         raise QuantError(f"calibration saw layer '{strange[0]}', which the model lacks: calibrate this model")
     ends = (next(iter(calibration)), list(calibration)[-1]) if calibration else ()
     reasons = {name: _reason(name, layer, config, calibration, filter_fn) for name, layer in known.items()}
