@@ -17,9 +17,12 @@ from quant.config import MSFPConfig
 from quant.convert import Report, quantize_, replace_
 from quant.packed import PackedLinear
 
-# What comes from the robot and goes to it is few numbers, each of which counts: these layers have 8 bits or more.
-LEAST = {"proprio_projector.fc1": 8, "action_head.*": 8}
-EXCLUDE = {"language_model.lm_head": "of its rows only those of the action tokens are read"}
+# What goes to the robot is a few numbers, each of which counts.
+LEAST = {"action_head.*": (8, 8)}
+EXCLUDE = {
+    "proprio_projector.*": "the robot's state counts to the digit, and is one token",
+    "language_model.lm_head": "of its rows only those of the action tokens are read",
+}
 
 
 def vla_config(bits: int = 4, act_bits: int | None = 4, family: str = "msfp") -> MSFPConfig:

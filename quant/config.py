@@ -24,7 +24,7 @@ class MSFPConfig:
 
     The rest maps patterns of layers' names ("decoder.*.fc2", as in a shell) to what holds there; the first one that
     fits counts.
-    least: at least so many bits.
+    least: at least so many bits, of weights and of inputs.
     exclude: why a layer stays as it is.
     anomalous: whether its inputs may drop their sign; where nothing fits, what calibration saw decides.
     Raises QuantError: another number of bits, an unknown family, or a reason that is no text.
@@ -34,15 +34,19 @@ class MSFPConfig:
     act_bits: int | None = 4
     family: str = "msfp"
     ends: int = 8
-    least: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     exclude: Mapping[str, str] = field(default_factory=dict)
     anomalous: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = {"bits": self.bits, "act_bits": BITS[-1] if self.act_bits is None else self.act_bits, "ends": self.ends}
-        given |= {f"least['{pattern}']": value for pattern, value in self.least.items()}
+        inputs = BITS[-1] if self.act_bits is None else self.act_bits
+        given: dict[str, Any] = {"bits": self.bits, "act_bits": inputs, "ends": self.ends}
+        for pattern, least in self.least.items():
+            if not isinstance(least, (tuple, list)) or len(least) != 2:
+                raise QuantError(f"MSFPConfig.least['{pattern}'] is {least!r}: give the bits of weights and of inputs")
+            given |= {f"least['{pattern}'][{place}]": value for place, value in enumerate(least)}
         for name, value in given.items():
-            if value not in BITS or isinstance(value, bool):
+            if isinstance(value, bool) or value not in BITS:
                 raise QuantError(f"MSFPConfig.{name} is {value!r}: choose one of {', '.join(map(str, BITS))}")
         if self.family not in FAMILIES:
             raise QuantError(f"MSFPConfig.family is {self.family!r}: choose one of {', '.join(FAMILIES)}")
@@ -54,8 +58,11 @@ class MSFPConfig:
 
     def bits_of(self, name: str, end: bool = False) -> tuple[int, int | None]:
         """Bits of a layer's weights and of its inputs; end: whether it runs first or last."""
-        least = max(find(self.least, name, 0), self.ends if end else 0)
-        return max(self.bits, least), None if self.act_bits is None else max(self.act_bits, least)
+        least = self.ends if end else 0
+        weights, inputs = find(self.least, name, (0, 0))
+        if self.act_bits is None:
+            return max(self.bits, least, weights), None
+        return max(self.bits, least, weights), max(self.act_bits, least, inputs)
 
 
 def find(patterns: Mapping[str, Any], name: str, default: Any = None) -> Any:

@@ -70,8 +70,8 @@ def packed_layers(model):
 def test_a_saved_policy_acts_bit_for_bit_as_the_quantised_one(head, clips, request, tmp_path):
     policy = make_policy(str(request.getfixturevalue(head)))
     quantize_(policy.model, vla_config(), observe(policy, clips))
-    linear = [name for name, part in policy.model.named_modules() if isinstance(part, torch.nn.Linear)]
-    assert linear == ["language_model.lm_head"]
+    left = [name for name, part in policy.model.named_modules() if isinstance(part, torch.nn.Linear)]
+    assert left == ["language_model.lm_head"]
     save_checkpoint(tmp_path, policy.model, policy.tokenizer)
     for again in (make_policy(str(tmp_path)), make_policy("mini", checkpoint=str(tmp_path))):
         assert list(packed_layers(again.model)) == list(packed_layers(policy.model))

@@ -100,12 +100,12 @@ def test_the_configuration_overrules_what_calibration_saw(model, seen):
 
 
 def test_first_last_and_named_layers_keep_more_bits(model, seen):
-    report = quantize_(model, MSFPConfig(4, 4, least={"u*": 6}), seen)
+    report = quantize_(model, MSFPConfig(4, 4, least={"u*": (6, 8)}), seen)
     bits = {
         one.name: (model.get_submodule(one.name).formats[0].bits, one.activation.format.bits) for one in report.layers
     }
-    assert bits == dict.fromkeys(RAN, (4, 4)) | {"first": (8, 8), "head": (8, 8), "up": (6, 6)}
-    assert MSFPConfig(4, None, least={"u*": 6}).bits_of("up") == (6, None)
+    assert bits == dict.fromkeys(RAN, (4, 4)) | {"first": (8, 8), "head": (8, 8), "up": (6, 8)}
+    assert MSFPConfig(4, None, least={"u*": (6, 8)}).bits_of("up") == (6, None)
 
 
 def test_what_is_left_alone_is_explained(model, seen):
@@ -153,7 +153,8 @@ def test_calibration_of_another_model_and_weights_that_are_not_finite_are_errors
         ({"act_bits": 16}, "act_bits is 16"),
         ({"act_bits": 0}, "act_bits is 0"),
         ({"family": "nf4"}, "family is 'nf4': choose one of msfp"),
-        ({"least": {"a": 3}}, r"least\['a'\] is 3"),
+        ({"least": {"a": 8}}, r"least\['a'\] is 8: give the bits of weights and of inputs"),
+        ({"least": {"a": (8, 3)}}, r"least\['a'\]\[1\] is 3: choose one of"),
         ({"exclude": {"a": ""}}, r"exclude\['a'\] is '': say why"),
         ({"anomalous": {"a": "yes"}}, r"anomalous\['a'\] is 'yes': it must be true or false"),
     ],
