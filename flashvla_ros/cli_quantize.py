@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Quantise a policy's linear layers, and write it as a folder of weights, which every other command takes as a policy.
+    """Quantise a policy's linear layers, and write a folder of weights, which every other command takes as a policy.
 
     The ranges of the layers' inputs come from observations. Prints what became of every layer, and how far the actions
     are from the policy's own on observations of other episodes; report.json and report.png in the folder say it too.

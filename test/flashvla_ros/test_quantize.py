@@ -55,7 +55,7 @@ def test_it_prints_a_row_for_every_layer_and_why_others_were_left(quantize, caps
     ("options", "said"),
     [
         (["hold"], "policy 'hold' is no model of mllm"),
-        (["nowhere"], "no policy is called 'nowhere'"),
+        (["nowhere"], "no policy is called"),
         (["--check", "0"], "--check 0: both must be 1 or more"),
     ],
 )
