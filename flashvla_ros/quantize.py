@@ -48,13 +48,13 @@ def quantize(
             groups.append({"group": group, **_apart(apart)})
             sys.stderr.write(f"{group} alone: error {groups[-1]['error']['mean']:.5f}\n")
     with quantised(policy, config, seen) as report:
-        apart = _apart(deviation(reference, replay(policy, checked)))
+        moved = _apart(deviation(reference, replay(policy, checked)))
         save_checkpoint(out, policy.model, policy.tokenizer)
     found = {
         **facts,
         "config": asdict(config),
         "observations": len(seen_clips),
-        "checked": {"clips": len(checked), "actions": sum(len(one) for one in reference.actions), **apart},
+        "checked": {"clips": len(checked), "actions": sum(len(one) for one in reference.actions), **moved},
         "groups": groups,
         **report.to_json(),
         "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
@@ -67,8 +67,8 @@ def quantize(
     if groups:
         console.print(groups_table(groups))
     console.print(
-        f"{len(checked)} looks of other episodes: error of the pose {_shown(apart['error'])}, another command of the "
-        f"gripper in {_shown(apart['gripper'], 100)} % of the steps",
+        f"{len(checked)} looks of other episodes: error of the pose {_shown(moved['error'])}, another command of the "
+        f"gripper in {_shown(moved['gripper'], 100)} % of the steps",
         highlight=False,
     )
     if json_output:
