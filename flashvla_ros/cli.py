@@ -14,14 +14,15 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flashvla_ros import cli_data, cli_describe, cli_eval, cli_sweep, cli_trace, cli_train
+from flashvla_ros import cli_data, cli_describe, cli_eval, cli_quantize, cli_sweep, cli_trace, cli_train
 from flashvla_ros.cli_options import PolicyOptions
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from mllm.errors import PolicyError
+from quant.errors import QuantError
 from sim.errors import ConfigurationError as SimConfigurationError
 from sim.errors import SimError
 
-WRONG_USAGE = (ConfigurationError, PolicyError, SimConfigurationError)
+WRONG_USAGE = (ConfigurationError, PolicyError, QuantError, SimConfigurationError)
 
 
 def parse_overrides(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -304,6 +305,7 @@ def main(args: list[str] | None = None) -> int:
             **cli_data.COMMANDS,
             **cli_train.COMMANDS,
             **cli_eval.COMMANDS,
+            **cli_quantize.COMMANDS,
             **cli_sweep.COMMANDS,
             **cli_describe.COMMANDS,
             **cli_trace.COMMANDS,

@@ -35,7 +35,7 @@ class Eval(EpisodeOptions):
         from flashvla_ros.evaluation import run_evaluation
 
         keys, config = self.keys(self.variant), self.config(self.policy, self.how.chosen())
-        path = self.run_file or Path("runs") / f"{self.policy}.sqlite"
+        path = self.run_file or Path("runs") / f"{Path(self.policy).name}.sqlite"
         return run_evaluation(path, config, keys, self.execution(), through_ros=self.through_ros, json_output=self.json)
 
 

@@ -1,7 +1,8 @@
 """Checkpoints in Hugging Face's layout: a folder with config.json, safetensors, the tokenizer and the statistics.
 
 No file in it is executed or unpickled, and a folder that says something wrong costs an error, not memory: the
-configuration's shapes are compared with the files' headers before a weight is allocated.
+configuration's shapes are compared with the files' headers before a weight is allocated. Layers that are quantised
+(`quant.checkpoint`) are never there in full precision.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm.errors import PolicyError
 from mllm.hf_config import CONFIG, STATISTICS, config_to_hf, load_config, read_json, statistics_to_hf
-from mllm.tensor_file import DTYPES, Entry, read_header, read_into, write_tensors
+from mllm.tensor_file import FLOATS, Entry, read_header, read_into, read_metadata, write_tensors
 from mllm.tensor_names import Place, places
 from mllm.tokenizer import Tokenizer, load_tokenizer
 from mllm.vla import VLA
+from quant.checkpoint import HEADER, expect_, headers, read_headers, stored_tensors, unpack_
+from quant.errors import QuantError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
@@ -48,15 +52,20 @@ def load_checkpoint(
     files = find_tensors(folder)
     with torch.device("meta"):
         model = VLA(config).to(dtype).eval()
-    wanted = dict(places(list(model.state_dict()), config.decoder))
-    check_tensors(folder, wanted, model.state_dict(), files)
-    model.to_empty(device=device)
-    fill(model, wanted, files)
+    try:
+        expect_(model, find_packed(files))
+        wanted = dict(places(list(model.state_dict()), config.decoder))
+        check_tensors(folder, wanted, model.state_dict(), files)
+        model.to_empty(device=device)
+        fill(model, wanted, files)
+        unpack_(model)
+    except QuantError as error:
+        raise PolicyError(f"the checkpoint in {folder}: {error}") from error
     return model.requires_grad_(False), tokenizer
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES.values():
+    if dtype not in FLOATS.values():
         raise PolicyError(f"a model cannot be loaded as {dtype}: choose float32, bfloat16, float16 or float64")
 
 
@@ -89,22 +98,38 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
     return found
 
 
+def find_packed(files: Mapping[str, tuple[Path, Entry]]) -> dict[str, Any]:
+    """What the files' headers say of layers that are quantised. Raises QuantError: two speak of one layer."""
+    found: dict[str, Any] = {}
+    for path in sorted({path for path, _ in files.values()}):
+        layers = read_headers(read_metadata(path).get(HEADER, "{}"))
+        if twice := sorted(set(layers) & set(found)):
+            raise QuantError(f"layer '{twice[0][:120]}' is in the header of two files")
+        found |= layers
+    return found
+
+
 def check_tensors(
     folder: Path,
     wanted: Mapping[str, Place],
     shapes: dict[str, Tensor],
     files: Mapping[str, tuple[Path, Entry]],
 ) -> None:
-    """Raises PolicyError unless the files hold the wanted tensors, in their shapes, and nothing else."""
+    """Raises PolicyError unless the files hold the wanted tensors, in their shapes, floating-point numbers where these
+    are wanted, and nothing else.
+    """
     missing = sorted(set(wanted) - set(files))
     extra = sorted(name for name in set(files) - set(wanted) if not IGNORED.fullmatch(name))
     if missing or extra:
         parts = [f"lacks {shorten(missing)}"] * bool(missing) + [f"has unknown {shorten(extra)}"] * bool(extra)
         raise PolicyError(f"the checkpoint in {folder} {', and '.join(parts)}: it does not fit its {CONFIG}")
     for name, place in wanted.items():
-        shape, (path, entry) = tuple(place.of(shapes).shape), files[name]
+        tensor, (path, entry) = place.of(shapes), files[name]
+        shape = tuple(tensor.shape)
         if entry.shape != shape:
             raise PolicyError(f"{path}: tensor '{name}' has shape {entry.shape}, where {CONFIG} asks for {shape}")
+        if entry.dtype.is_floating_point != tensor.is_floating_point():
+            raise PolicyError(f"{path}: tensor '{name}' is {entry.dtype}, where {tensor.dtype} is asked for")
 
 
 def shorten(names: list[str], most: int = 8) -> str:
@@ -126,7 +151,10 @@ def fill(model: nn.Module, wanted: Mapping[str, Place], files: Mapping[str, tupl
 
 
 def save_checkpoint(folder: str | Path, model: VLA, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a folder that `load_checkpoint` reads, under OpenVLA's published names; what is there is replaced."""
+    """Writes a folder that `load_checkpoint` reads, under OpenVLA's published names; what is there is replaced.
+
+    The published names of projections that we stack are of their weights; stacked ones that are quantised stay so.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("model*.safetensors"), folder / INDEX):
@@ -135,7 +163,7 @@ def save_checkpoint(folder: str | Path, model: VLA, tokenizer: Tokenizer, shard_
     write_json(folder / CONFIG, config_to_hf(config))
     write_json(folder / STATISTICS, statistics_to_hf(config))
     tokenizer.save(folder)
-    tensors = model.state_dict()
+    tensors, packed = stored_tensors(model), headers(model)
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, place in places(list(tensors), config.decoder):
@@ -147,14 +175,20 @@ def save_checkpoint(folder: str | Path, model: VLA, tokenizer: Tokenizer, shard_
         shards[-1][name] = tensor
         room -= size
     if len(shards) == 1:
-        write_tensors(folder / SINGLE, shards[0])
+        write_shard(folder / SINGLE, shards[0], packed)
         return
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard)
+        write_shard(folder / name, shard, packed)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], packed: Mapping[str, Any]) -> None:
+    """packed: what the header says of every quantised layer; that goes to the file with the layer's codes."""
+    own = {name: header for name, header in packed.items() if f"{name}.codes" in tensors}
+    write_tensors(path, tensors, {HEADER: json.dumps(own)} if own else None)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mllm.decoder import KVCache, LanguageModel
 from mllm.errors import PolicyError
+from mllm.kernels import matrix_weights
 from mllm.vla import VLA
 
 # A layer of so many weights or fewer is done with a token before a second thread has woken up.
@@ -36,13 +37,14 @@ class TokenLoop:
 
     def __init__(self, language: LanguageModel, cache: KVCache, ids: tuple[int, int], count: int) -> None:
         self.language, self.cache, self.ids, self.count = language, cache, ids, count
-        layers, device, self.dtype = len(cache.used), language.lm_head.weight.device, language.lm_head.weight.dtype
+        embeddings = language.model.embed_tokens.weight
+        layers, device, self.dtype = len(cache.used), embeddings.device, embeddings.dtype
         self.position = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
         self.slot = torch.zeros(layers, dtype=torch.int64, device=device)
         self.bias = torch.zeros(layers, cache.batch, 1, 1, cache.capacity, dtype=self.dtype, device=device)
         self._later = torch.arange(count - 1, device=device)
         self._slots = torch.arange(cache.capacity, device=device)
-        weights = sum(parameter.numel() for parameter in language.model.layers[0].parameters())
+        weights = matrix_weights(language.model.layers[0])
         self._one_thread = device.type == "cpu" and weights <= ONE_THREAD
         self._run = Recorded(self.run, device.type == "cuda")
 

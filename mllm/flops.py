@@ -18,6 +18,7 @@ from mllm.compress import ATTENTIVE, CompressConfig
 from mllm.config import DecoderConfig, VLAConfig
 from mllm.convvit import ConvViT
 from mllm.generate import CAPACITY_STEP
+from mllm.kernels import matrix_weights
 from mllm.vision import patch_count
 from mllm.vla import VLA
 
@@ -146,7 +147,7 @@ def _outputs(decoder: DecoderConfig, rows: int, slots: int) -> int:
 
 def _weights(module: nn.Module) -> int:
     """Of a position that passes all of a module's matrices."""
-    return 2 * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+    return 2 * matrix_weights(module)
 
 
 def _vision(model: VLA) -> int:

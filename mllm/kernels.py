@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from quant.packed import PackedLinear
+
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Below so many rows oneDNN's set-up costs more than it saves.
 ONEDNN_ROWS = 8
@@ -44,6 +46,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """How many weights a module's linear layers have, packed ones (`quant.packed`) too."""
+    layers = (part for part in module.modules() if isinstance(part, (nn.Linear, PackedLinear)))
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -183,11 +183,11 @@ class Llava(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.lm_head.weight.device
+        return self.language_model.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """pixels: (n, 3, S, S) of n images, normalised. Returns (n, N, hidden): CLIP's class token is left out."""

@@ -24,7 +24,8 @@ from mllm.errors import PolicyError
 
 MAX_HEADER = 16 << 20
 MAX_DIMENSIONS = 8
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {**FLOATS, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes read at a time where the type must change on the way.
 CHUNK = 8 << 20
@@ -42,6 +43,31 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """What a file holds. Raises PolicyError: not a safetensors file, truncated, or a header that does not add up."""
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(f"{path}: tensor '{name[:120]}'", value, start) for name, value in header.items()}
+    expected = start
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        if entry.begin != expected:
+            raise PolicyError(
+                f"{path}: tensor '{name}' begins at byte {entry.begin}, not at {expected}: a hole or an overlap"
+            )
+        expected = entry.end
+    if expected != size:
+        raise PolicyError(f"{path} has {size} bytes and its tensors end at {expected}: it is truncated or not whole")
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a file says of itself. Raises PolicyError: see `read_header`, or what is no text."""
+    found = _header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise PolicyError(f"{path} has metadata {str(found)[:80]}: it must be a JSON object of texts")
+    return found
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON object at a file's head, where the tensors' bytes begin, and the file's size."""
     if not path.is_file():
         raise PolicyError(f"there is no {path}")
     size = path.stat().st_size
@@ -57,19 +83,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise PolicyError(f"{path} is no safetensors file: its header is not JSON ({str(error)[:100]})") from error
     if not isinstance(header, dict):
         raise PolicyError(f"{path} is no safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    entries = {name: _entry(f"{path}: tensor '{name[:120]}'", value, start) for name, value in header.items()}
-    expected = start
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        if entry.begin != expected:
-            raise PolicyError(
-                f"{path}: tensor '{name}' begins at byte {entry.begin}, not at {expected}: a hole or an overlap"
-            )
-        expected = entry.end
-    if expected != size:
-        raise PolicyError(f"{path} has {size} bytes and its tensors end at {expected}: it is truncated or not whole")
-    return entries
+    return header, 8 + length, size
 
 
 def _entry(where: str, value: Any, start: int) -> Entry:
@@ -116,9 +130,12 @@ def _read(file: BinaryIO, flat: Tensor) -> None:
         done += count
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file that the safetensors library reads too. Raises PolicyError: a type that it cannot hold."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file that the safetensors library reads too, with texts about itself if given.
+
+    Raises PolicyError: a type that it cannot hold.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:

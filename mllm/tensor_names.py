@@ -1,7 +1,8 @@
 """Names of a checkpoint's tensors, as OpenVLA published them, and where each lies in our modules.
 
 Our modules carry the published names, with two exceptions: projections that one multiplication serves are stacked, and
-timm's LayerScale weight `gamma` is published as `scale_factor`, since transformers renamed any `gamma` it met.
+timm's LayerScale weight `gamma` is published as `scale_factor`, since transformers renamed any `gamma` it met. Stacked
+weights that are quantised stay stacked: nobody else reads them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def places(names: list[str], config: DecoderConfig) -> Iterator[tuple[str, Place
         "up_proj": config.intermediate_size,
     }
     for name in names:
-        stacked = next((part for part in PARTS if f".{part}." in name), None)
+        stacked = next((part for part in PARTS if name.endswith(f".{part}.weight")), None)
         if stacked is None:
             published = name
             if name.startswith("vision_backbone.") and name.endswith((".ls1.gamma", ".ls2.gamma")):

@@ -65,11 +65,11 @@ class VLA(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.lm_head.weight.device
+        return self.language_model.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """pixels: (B, cameras, 3 * towers, S, S) as `mllm.preprocess` makes them. Returns (B, N, hidden)."""

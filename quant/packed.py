@@ -36,6 +36,12 @@ class Activation:
             limit = "0, for the format is signed" if self.format.signed else "a finite number, 0 or less"
             raise QuantError(f"Activation.zero is {self.zero} with {self.format.name}: it must be {limit}")
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest number that an input can have."""
+        reach = self.scale * self.format.largest
+        return self.zero if not self.format.signed else -reach, self.zero + reach
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers of x, float32 of its shape: what `quant.formats.quantise` multiplies by the scale."""
         scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))

@@ -1,0 +1,111 @@
+"""The command that quantises a policy."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from flashvla_ros.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from mllm.sweep import Clip
+    from mllm.vla_policy import VLAPolicy
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantise a policy's linear layers, and write a folder of weights, which every other command takes as a policy.
+
+    The ranges of the layers' inputs come from observations. Prints what became of every layer, and how far the actions
+    are from the policy's own on observations of other episodes; report.json and report.png in the folder say it too.
+    """
+
+    policy: tyro.conf.Positional[str] = "mini"
+    """mini, or a folder of weights."""
+    out: Path = Path("runs/quantized")
+    """Folder to write."""
+    bits: Literal[4, 6, 8] = 4
+    """Of weights."""
+    act_bits: Literal[4, 6, 8, 16] = 4
+    """Of the inputs of layers; 16 leaves them as they are."""
+    family: Literal["msfp", "signed", "int", "int-minmax"] = "msfp"
+    """msfp: floating point, without a sign where the inputs are anomalous. Compare with signed floating point, integers
+    by the same search, and integers by the largest magnitude."""
+    calibration: str = "default"
+    """Folder that flashvla collect wrote; or default: the policy plays a few episodes."""
+    suite: tuple[str, ...] = ("libero_spatial", "libero_object")
+    """Of these episodes."""
+    tasks: str = "0,3,6,9"
+    """Of these episodes: indices, or all; one episode each."""
+    workers: int = 2
+    """Processes that play them."""
+    observations: int = 256
+    """Looked at for the ranges."""
+    check: int = 64
+    """Looked at to compare the actions, of other episodes."""
+    sensitivity: bool = False
+    """Also quantise every group of layers alone, to see which of them cost most."""
+    seed: int = 0
+    """Of the episodes and of what is drawn from them."""
+    json: bool = False
+    """Print the report as JSON on stdout; everything else goes to stderr."""
+
+    def run(self) -> int:
+        from flashvla_ros.quantize import quantize
+        from mllm.policy import make_policy
+        from mllm.quantise import vla_config
+        from mllm.vla_policy import VLAPolicy
+
+        if self.observations < 1 or self.check < 1:
+            raise ConfigurationError(
+                f"--observations is {self.observations} and --check {self.check}: both must be 1 or more"
+            )
+        policy = make_policy(self.policy)
+        if not isinstance(policy, VLAPolicy):
+            raise ConfigurationError(f"policy '{self.policy}' is no model of mllm: name mini or a folder of weights")
+        config = vla_config(self.bits, None if self.act_bits == 16 else self.act_bits, self.family)
+        facts = {"policy": self.policy, "calibration": self.calibration, "seed": self.seed}
+        quantize(policy, config, self.clips(policy), self.check, self.out, facts, self.sensitivity, self.json)
+        return 0
+
+    def clips(self, policy: VLAPolicy) -> list[Clip]:
+        """Recorded observations, each with those that follow until the policy looks again."""
+        import tempfile
+
+        from mllm.sweep import draw_clips
+
+        count = self.observations + self.check
+        if self.calibration != "default":
+            return draw_clips(self.calibration, count, policy.execute, self.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            self.play(policy, Path(folder))
+            return draw_clips(folder, count, policy.execute, self.seed)
+
+    def play(self, policy: VLAPolicy, folder: Path) -> None:
+        """Lets the policy play, and keeps the episodes as demonstrations. Raises ConfigurationError: one broke."""
+        from flashvla_ros.cli_data import Line, parse_tasks
+        from sim.collect import CollectConfig, collect
+        from sim.dagger import PolicyMix
+
+        render = {name: value for name, value in policy.render.items() if name in ("renderer", "image_size")}
+        for suite in self.suite:
+            sys.stderr.write(f"{self.policy} plays {suite} to see what its layers are given\n")
+            config = CollectConfig(
+                suite=suite,
+                tasks=parse_tasks(self.tasks),
+                episodes=1,
+                seed=self.seed,
+                images="webp",
+                policy=PolicyMix(self.policy, beta=0.0),
+                **render,  # type: ignore[arg-type]
+            )
+            end = collect(config, folder, self.workers, Line())
+            if end.errors:
+                raise ConfigurationError(f"{end.errors} episodes of {suite} broke off: give --calibration a folder")
+
+
+COMMANDS = {"quantize": Quantize}

@@ -1,0 +1,64 @@
+"""`flashvla quantize` writes a checkpoint that other commands run, and says what became of every layer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+
+from flashvla_ros.cli import main
+from mllm.policy import make_policy
+from mllm.vla_policy import VLAPolicy
+from quant.packed import PackedLinear
+
+
+@pytest.fixture
+def quantize(tiny, demonstrations, tmp_path):
+    def run(*options):
+        given = ["--calibration", str(demonstrations), "--observations", "6", "--check", "4", "--out", str(tmp_path)]
+        return main(["quantize", str(tiny), *given, *options]), tmp_path
+
+    return run
+
+
+def test_it_writes_a_policy_a_report_and_a_picture(quantize, capsys):
+    status, out = quantize("--sensitivity", "--json")
+    assert status == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "report.json").read_text())
+    policy = make_policy(str(out))
+    assert isinstance(policy, VLAPolicy)
+    packed = {name for name, part in policy.model.named_modules() if isinstance(part, PackedLinear)}
+    assert {one["name"] for one in printed["layers"]} == packed
+    assert "language_model.lm_head" in {one["name"] for one in printed["left"]}
+    assert printed["config"]["family"] == "msfp"
+    assert printed["bytes"] == (out / "model.safetensors").stat().st_size
+    assert printed["groups"]
+    assert printed["checked"]["clips"] >= 4
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_prints_a_row_for_every_layer_and_why_others_were_left(quantize, capsys):
+    status, _ = quantize("--bits", "6", "--act-bits", "16", "--family", "int")
+    said = capsys.readouterr().out
+    assert status == 0
+    row = next(line for line in said.splitlines() if "layers.0.mlp.down_proj" in line)
+    assert "E1M4" in row
+    assert "float" in row
+    assert "embed_tokens (Embedding, 16384 numbers): not a linear layer" in said
+    assert "error of the pose" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["hold"], "policy 'hold' is no model of mllm"),
+        (["nowhere"], "no policy is called"),
+        (["--check", "0"], "--check 0: both must be 1 or more"),
+    ],
+)
+def test_wrong_usage_is_an_error(options, said, demonstrations, capsys):
+    assert main(["quantize", *options, "--calibration", str(demonstrations)]) == 2
+    assert said in capsys.readouterr().err
