@@ -233,10 +233,14 @@ class BenchCompress:
     """Of flashvla, tokencarve, fastv, random and uniform."""
     keep: int = 80
     """Visual tokens that stay, of all cameras together."""
+    layer: int = 2
+    """Layers of the decoder that see all tokens."""
     per_camera: bool = False
     """Score every camera's tokens by themselves."""
     steps: int = 50
     """Answers measured of each."""
+    demonstrations: str = ""
+    """Folder of demonstrations whose frames are looked at; noise if not given."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int = 1

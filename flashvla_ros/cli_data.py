@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from sim.collect import Progress
 
 
-def parse_tasks(text: str) -> tuple[int, ...]:
-    """Turns 0,3,7 into (0, 3, 7), and all into (). Raises ConfigurationError: neither."""
-    if text == "all":
-        return ()
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigurationError(f"--tasks {text!r}: give 'all', or indices such as 0,3,7") from error
-
-
 @dataclass(frozen=True)
 class Collect:
     """Let the scripted expert solve tasks from sampled starts and keep the episodes, as LIBERO's files hold them.
@@ -38,7 +28,7 @@ class Collect:
     """Folder for <suite>/<task>/seed_*.hdf5, <suite>/<task>_demo.hdf5 and <suite>/manifest.json."""
     suite: str = "libero_spatial"
     tasks: str = "all"
-    """Indices such as 0,3,7, or all."""
+    """all, indices such as 0-3,7, or one instruction."""
     episodes: int = 50
     """Attempted for each task. The expert's failures are counted and not kept; a policy's are kept."""
     seed: int = 0
@@ -64,11 +54,12 @@ class Collect:
     def run(self) -> int:
         from sim.collect import CollectConfig, collect
         from sim.dagger import PolicyMix
+        from sim.schedule import parse_tasks
 
         options = json_object("--policy-options", self.policy_options)
         config = CollectConfig(
             suite=self.suite,
-            tasks=parse_tasks(self.tasks),
+            tasks=parse_tasks(self.suite, self.tasks),
             episodes=self.episodes,
             seed=self.seed,
             draw=self.draw,

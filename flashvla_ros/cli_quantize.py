@@ -87,16 +87,17 @@ class Quantize:
 
     def play(self, policy: VLAPolicy, folder: Path) -> None:
         """Lets the policy play, and keeps the episodes as demonstrations. Raises ConfigurationError: one broke."""
-        from flashvla_ros.cli_data import Line, parse_tasks
+        from flashvla_ros.cli_data import Line
         from sim.collect import CollectConfig, collect
         from sim.dagger import PolicyMix
+        from sim.schedule import parse_tasks
 
         render = {name: value for name, value in policy.render.items() if name in ("renderer", "image_size")}
         for suite in self.suite:
             sys.stderr.write(f"{self.policy} plays {suite} to see what its layers are given\n")
             config = CollectConfig(
                 suite=suite,
-                tasks=parse_tasks(self.tasks),
+                tasks=parse_tasks(suite, self.tasks),
                 episodes=1,
                 seed=self.seed,
                 images="webp",

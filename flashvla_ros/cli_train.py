@@ -46,7 +46,7 @@ class Dagger:
     """YAML file of the first run, as for `flashvla train`."""
     suites: tuple[str, ...] = ("libero_spatial",)
     tasks: str = "all"
-    """Indices such as 0,3,7, or all."""
+    """all, or indices such as 0-3,7."""
     rounds: int = 2
     episodes: int = 10
     """For each task in each round."""
@@ -62,13 +62,14 @@ class Dagger:
     """Folder in which every run has a folder of its own."""
 
     def run(self) -> int:
-        from flashvla_ros.cli_data import Line, parse_tasks
+        from flashvla_ros.cli_data import Line
         from mllm.training.config import read_train_config
         from sim.dagger_rounds import DaggerConfig, run_rounds
+        from sim.schedule import parse_numbers
 
         config = DaggerConfig(
             suites=self.suites,
-            tasks=parse_tasks(self.tasks),
+            tasks=() if self.tasks == "all" else parse_numbers(self.tasks, "--tasks"),
             rounds=self.rounds,
             episodes=self.episodes,
             steps=self.steps,

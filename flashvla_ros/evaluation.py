@@ -67,7 +67,14 @@ def evaluate_through_ros(
     del policy  # its node makes its own
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(
-            Ledger(path, configuration, keys, execution.retry_errors, execution.error_limit, on_progress)
+            Ledger(
+                path,
+                {key.variant: configuration for key in keys},
+                keys,
+                execution.retry_errors,
+                execution.error_limit,
+                on_progress,
+            )
         )
         stack.enter_context(interruptible())
         stack.enter_context(ros_context())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flashvla_ros.comparison import as_json
 from flashvla_ros.eval_table import shown
@@ -26,7 +26,7 @@ from sim.sweep import closed_loop
 def _console(json_output: bool) -> Console:
     """As wide as the tables where nobody's terminal says otherwise."""
     console = Console(stderr=json_output)
-    return console if console.is_terminal else Console(stderr=json_output, width=120)
+    return console if console.is_terminal else Console(stderr=json_output, width=140)
 
 
 def show_open_loop(
@@ -38,14 +38,17 @@ def show_open_loop(
     for row in rows:
         found.append(row)
         sys.stderr.write(f"{row['arm']}: error {row['error']['mean']:.5f}\n")
-    table = Table("arm", title=f"{len(clips)} clips, {frames} observations; against {found[0]['arm']}")
-    for name in ("error of the pose", "gripper", "tokens", "overlap", "by chance", "reused", "FLOPs", "visual"):
+    table = Table(
+        Column("arm", overflow="fold"), title=f"{len(clips)} clips, {frames} observations; against {found[0]['arm']}"
+    )
+    for name in ("pose, 1e-3", "95 % interval", "gripper", "tokens", "overlap", "chance", "reused", "FLOPs", "visual"):
         table.add_column(name, justify="right")
     for row in found:
         low, high = row["error"]["interval"]
         table.add_row(
             row["arm"],
-            f"{row['error']['mean']:.5f} ({low:.5f} - {high:.5f})",
+            f"{1e3 * row['error']['mean']:.2f}",
+            f"{1e3 * low:.2f} - {1e3 * high:.2f}",
             percent(row["gripper"]["mean"]),
             percent(row["agreement"]["mean"]) if row["agreement"] else "",
             "" if row["overlap"] is None else f"{row['overlap']:.3f}",
@@ -86,9 +89,22 @@ def run_closed_loop(
 
 
 def standings_table(found: Sequence[Standing], title: str) -> Table:
-    """One row a variant; differences are from the first."""
-    table = Table("arm", title=title)
-    for name in ("n", "success", "95 % interval", "points", "p", "mean ms", "reused", "FLOPs", "visual", "errors"):
+    """One row a variant; differences are from the first. Milliseconds are the policy's, over all control steps."""
+    table = Table(Column("arm", overflow="fold"), title=title)
+    names = [
+        "n",
+        "success",
+        "95 % interval",
+        "points",
+        "p",
+        "mean ms",
+        "p99 ms",
+        "reused",
+        "GFLOPs",
+        "visual",
+        "errors",
+    ]
+    for name in names:
         table.add_column(name, justify="right")
     for one in found:
         against = one.against
@@ -99,10 +115,10 @@ def standings_table(found: Sequence[Standing], title: str) -> Table:
             "{:.0%} - {:.0%}".format(*one.interval) if one.n else "",
             f"{100 * against.success.value:+.1f}" if against else "",
             f"{against.p_value:.3g}" if against else "",
-            f"{1e3 * one.latency['mean']:.2f}" if one.latency else "",
+            *(f"{1e3 * one.latency[name]:.2f}" if one.latency else "" for name in ("mean", "p99")),
             percent(one.reused),
-            "" if one.flops is None else f"{one.flops / 1e9:.3g} G",
-            "" if one.visual_flops is None else f"{one.visual_flops / 1e9:.3g} G",
+            "" if one.flops is None else f"{one.flops / 1e9:.3g}",
+            "" if one.visual_flops is None else f"{one.visual_flops / 1e9:.3g}",
             str(one.errors or ""),
         )
     return table

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ from mllm.bench import device_name, noise_observation, stage_summary
 from mllm.compress import METHODS, CompressConfig
 from mllm.config import NAMED, check_choice, check_sizes
 from mllm.contribution import information_contribution
+from mllm.decoder import LayerState
 from mllm.errors import PolicyError
 from mllm.flops import eigen_flops, step_flops, visual_flops
+from mllm.policy import Observation
+from mllm.selection import top
+from mllm.sweep import draw_clips
 from mllm.vla_policy import VLAPolicy, mini_policy, random_policy
 
+INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 # OpenVLA's visual tokens after a layer; the size at which the score is compared with the authors' call.
 PUBLISHED = (256, 4096)
 
@@ -26,15 +32,19 @@ PUBLISHED = (256, 4096)
 class BenchCompressConfig:
     """model: "mini" with its own weights, or another of `mllm.config.NAMED` with random ones.
 
-    methods, keep, per_camera: see `mllm.compress.CompressConfig`; every method is measured with all tokens kept too.
-    steps: answers measured of each arm.  device: "cpu" or "cuda".  threads: of torch on the CPU.
+    methods, keep, layer, per_camera: see `mllm.compress.CompressConfig`; every method is measured with all tokens kept
+        too.
+    steps: answers measured of each arm.  demonstrations: folder of those whose frames are looked at; "" is noise.
+    device: "cpu" or "cuda".  threads: of torch on the CPU.
     """
 
     model: str = "mini"
     methods: tuple[str, ...] = ("flashvla", "tokencarve", "fastv", "random")
     keep: int = 80
+    layer: int = 2
     per_camera: bool = False
     steps: int = 50
+    demonstrations: str = ""
     device: str = "cpu"
     threads: int = 1
 
@@ -45,7 +55,7 @@ class BenchCompressConfig:
             raise PolicyError(
                 f"BenchCompressConfig.methods is {self.methods}: name one or more of {', '.join(METHODS[1:])}"
             )
-        check_sizes(self, {"keep": (1, 1 << 16), "steps": (1, 10_000), "threads": (1, 1024)})
+        check_sizes(self, {"keep": (1, 1 << 16), "layer": (1, 255), "steps": (1, 10_000), "threads": (1, 1024)})
         if self.device == "cuda" and not torch.cuda.is_available():
             raise PolicyError("BenchCompressConfig.device is 'cuda', and torch finds none here: choose 'cpu'")
 
@@ -57,7 +67,7 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
     "arms": "uncompressed", and for every method "METHOD all" and "METHOD KEEP", with p50, p99 and least milliseconds of
     every stage and of the whole "step", and as shares of the uncompressed arm "step_share" (p50), "visual_flops",
     "step_flops" (both without eigenvectors) and "eigen_flops". "select_share": p50 of choosing, of the uncompressed
-    step. "score": `information_contribution` of `PUBLISHED` size beside the authors' call, on one thread of the CPU.
+    step. "exact": see `exactness`. "score": see `score_speed`.
     """
     config = config or BenchCompressConfig()
     torch.set_num_threads(config.threads)
@@ -67,14 +77,13 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
     tokens = policy.model.vision_backbone.tokens
     arms = {"uncompressed": CompressConfig(keep=tokens)}
     for method in config.methods:
-        chosen = CompressConfig(method, config.keep, per_camera=config.per_camera)
+        chosen = CompressConfig(method, config.keep, config.layer, per_camera=config.per_camera)
         arms[f"{method} all"] = replace(chosen, keep=tokens)
         arms[f"{method} {config.keep}"] = chosen
-    instruction = "pick up the black bowl between the plate and the ramekin and place it on the plate"
-    words = len(policy.tokenizer.prompt(instruction))
+    seen = _observations(config, policy)
+    words = len(policy.tokenizer.prompt(seen[0][0]))
     times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for step in range(config.steps + 1):
-        observation = noise_observation(policy.model, step)
+    for step, (instruction, observation) in enumerate(seen):
         for name, compress in arms.items():
             policy.compress = compress
             # A prefill after a change sets up its cache anew; what is measured is the next.
@@ -104,14 +113,50 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
         "visual_tokens": tokens,
         "steps": config.steps,
         "arms": result,
+        "exact": exactness(policy, seen[1:], config.layer),
         "score": score_speed(),
         "machine": {"device": device_name(torch.device(config.device)), "threads": config.threads},
         "torch": torch.__version__,
     }
 
 
+def _observations(config: BenchCompressConfig, policy: VLAPolicy) -> list[tuple[str, Observation]]:
+    """Instructions and observations: one to warm up, and one for every step."""
+    count = config.steps + 1
+    if not config.demonstrations:
+        return [(INSTRUCTION, noise_observation(policy.model, number)) for number in range(count)]
+    clips = draw_clips(Path(config.demonstrations), count, 1)
+    return [(clip.instruction, next(clip.observations())) for clip in clips]
+
+
+def exactness(policy: VLAPolicy, seen: Sequence[tuple[str, Observation]], layer: int) -> dict[str, Any]:
+    """Whether the highest scores after `layer` are those of a full decomposition in float64.
+
+    "observations": looked at.  "keeps": numbers of tokens kept, eighths of all.  "equal": observations whose kept sets
+    are equal at every one of them.  "tokens": that differ, of all sets together.
+    """
+    states: list[Tensor] = []
+    count = policy.model.vision_backbone.tokens
+
+    def note(state: LayerState) -> None:
+        if state.layer == layer:
+            states.append(state.hidden[0, 1 : count + 1].cpu())
+
+    watched = VLAPolicy(policy.model, policy.tokenizer, hook=note)
+    for instruction, observation in seen:
+        watched.act_batch([watched.begin(instruction)], [observation])
+    keeps, equal, tokens = [count * part // 8 for part in range(1, 8)], 0, 0
+    for state in states:
+        ours, exact = information_contribution(state)[None], _published(state.double())[None]
+        apart = [len(set(top(ours, keep)[0].tolist()) - set(top(exact, keep)[0].tolist())) for keep in keeps]
+        equal, tokens = equal + (not any(apart)), tokens + sum(apart)
+    return {"observations": len(states), "keeps": keeps, "equal": equal, "tokens": tokens}
+
+
 def score_speed(size: tuple[int, int] = PUBLISHED, repeats: int = 5) -> dict[str, float]:
-    """Least milliseconds of our score and of the authors' call, a full decomposition in float32, on one thread."""
+    """Least milliseconds of our score and of the authors' call, a full decomposition in float32, on one thread of the
+    CPU, of tokens of `size`.
+    """
     threads, ours, theirs = torch.get_num_threads(), [], []
     torch.set_num_threads(1)
     try:

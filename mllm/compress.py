@@ -7,15 +7,14 @@ Shapes: B samples, N visual tokens, K kept, d hidden.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mllm.config import check_choice, check_numbers, check_sizes
+from mllm.config import changed, check_choice, check_flags, check_numbers, check_sizes
 from mllm.contribution import contribution, gram
 from mllm.decoder import Kept, LayerState
 from mllm.errors import PolicyError
@@ -65,34 +64,21 @@ class CompressConfig:
         check_choice(self, {"method": METHODS, "matrix": MATRICES, "query": QUERIES})
         check_sizes(self, {"keep": (1, 1 << 16), "layer": (1, 255), "seed": (0, (1 << 63) - 1)})
         check_numbers(self, {"energy": (1e-6, 1), "attention_weight": (0, 1)})
-        for name in ("centre", "normalise", "per_camera", "trim"):
-            if not isinstance(getattr(self, name), bool):
-                raise PolicyError(f"CompressConfig.{name} is {getattr(self, name)!r}: it must be true or false")
+        check_flags(self, ("centre", "normalise", "per_camera", "trim"))
 
     @classmethod
-    def of(
-        cls, compress: str | Mapping[str, Any], keep: int | None = None, rest: CompressConfig | None = None
+    def parse(
+        cls,
+        value: str | Mapping[str, Any] | CompressConfig,
+        keep: int | None = None,
+        rest: CompressConfig | None = None,
     ) -> CompressConfig:
-        """From a policy's options: a method's name, or a mapping of fields, maybe as JSON; `keep` has a place of its
-        own, and what is not named is that of `rest`, or the default.
+        """From a policy's options: a method, or fields; see `mllm.config.changed`. What is not named is that of `rest`.
 
-        Raises PolicyError: an unknown field, or a wrong value.
+        keep: has a place of its own among the options.  Raises PolicyError.
         """
-        if isinstance(compress, str) and compress.lstrip().startswith("{"):
-            try:
-                compress = json.loads(compress)
-            except ValueError as error:
-                raise PolicyError(
-                    f"compress is {compress!r}: it must be a method or a JSON object ({error})"
-                ) from error
-        given: dict[str, Any] = {"method": compress} if isinstance(compress, str) else dict(compress)
-        if keep is not None:
-            given["keep"] = keep
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise PolicyError(f"compression has no option {unknown[0]!r}; choose from {', '.join(known)}")
-        return replace(rest or cls(), **given)
+        chosen = changed(rest or cls(), value, "method", "compress")
+        return chosen if keep is None else replace(chosen, keep=keep)
 
     def check(self, tokens: int, images: int, layers: int) -> None:
         """Raises PolicyError unless a decoder of so many layers can keep so few of so many tokens of so many images."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from mllm.actions import GRIPPERS, ActionStatistics
 from mllm.errors import PolicyError
 
+Config = TypeVar("Config")
 OWN_TOWER = "conv-vit"
 RESIZES = ("lanczos", "area")
 # Token by token; in one pass whose action slots see one another; or in one in which every position sees every other.
@@ -53,6 +56,36 @@ def check_choice(owner: object, choices: Mapping[str, tuple[str, ...]]) -> None:
             )
 
 
+def check_flags(owner: object, names: tuple[str, ...]) -> None:
+    """Raises PolicyError unless every named attribute of `owner` is true or false."""
+    for name in names:
+        if not isinstance(getattr(owner, name), bool):
+            raise PolicyError(f"{type(owner).__name__}.{name} is {getattr(owner, name)!r}: it must be true or false")
+
+
+def changed(base: Config, value: str | Mapping[str, Any] | Config, main: str, called: str) -> Config:
+    """`base`, a dataclass, with what `value` names: its field `main`, or several fields as a mapping or JSON.
+
+    An empty text names nothing, and a whole configuration stands for itself.  called: of the option, for errors.
+    Raises PolicyError: neither, an unknown field, or a wrong value.
+    """
+    if isinstance(value, type(base)):
+        return value
+    try:
+        if not isinstance(value, str):
+            given = dict(value)  # type: ignore[arg-type]
+        elif value.lstrip().startswith("{"):
+            given = json.loads(value)
+        else:
+            given = {main: value} if value else {}
+    except (ValueError, TypeError) as error:
+        raise PolicyError(f"{called} is {value!r}: it must be a {main} or a JSON object ({error})") from error
+    known = [one.name for one in fields(base)]  # type: ignore[arg-type]
+    if unknown := sorted(set(given) - set(known)):
+        raise PolicyError(f"{called} has no setting {unknown[0]!r}; choose from {', '.join(known)}")
+    return replace(base, **given)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
 class ImageConfig:
     """How a camera's upright image became what the model was trained on. The defaults are OpenVLA's in LIBERO.
@@ -69,9 +102,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         check_choice(self, {"resize": RESIZES})
-        for name in ("mirror", "jpeg", "centre_crop"):
-            if not isinstance(getattr(self, name), bool):
-                raise PolicyError(f"ImageConfig.{name} is {getattr(self, name)!r}: it must be true or false")
+        check_flags(self, ("mirror", "jpeg", "centre_crop"))
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,15 @@ The paper never looks at the current frame. Mode "gated" does: see `mllm.frame_g
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
 
-from mllm.config import check_choice, check_numbers, check_sizes
+from mllm.config import changed, check_choice, check_flags, check_numbers, check_sizes
 from mllm.errors import PolicyError
 from mllm.frame_gate import FrameGate
 from mllm.policy import ActionStep, TokenLayout
@@ -75,8 +74,7 @@ class ReuseConfig:
     def __post_init__(self) -> None:
         check_choice(self, {"mode": MODES})
         check_numbers(self, {"max_angle": (0, 180), "min_overlap": (-1, 1), "max_surprise": (0, 255)})
-        if not isinstance(self.chance_corrected, bool):
-            raise PolicyError(f"ReuseConfig.chance_corrected is {self.chance_corrected!r}: it must be true or false")
+        check_flags(self, ("chance_corrected",))
         check_sizes(self, {"max_consecutive": (1, 1000), "computed_between": (1, 1000)})
         if self.mode == "paper" and (self.max_consecutive > 1 or self.computed_between < 2):
             raise PolicyError(
@@ -86,19 +84,8 @@ class ReuseConfig:
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | ReuseConfig) -> ReuseConfig:
-        """A mode, a mapping of fields, or such a mapping as JSON; "" is "off". Raises PolicyError."""
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str) and not value.lstrip().startswith("{"):
-            return cls(value or "off")
-        try:
-            given = json.loads(value) if isinstance(value, str) else dict(value)  # type: ignore[arg-type]
-        except (ValueError, TypeError) as error:
-            raise PolicyError(f"reuse is {value!r}: it must be a mode or a JSON object ({error})") from error
-        known = [field.name for field in fields(cls)]
-        if unknown := set(given) - set(known):
-            raise PolicyError(f"reuse has no setting {sorted(unknown)[0]!r}; it has: {', '.join(known)}")
-        return cls(**given)
+        """A mode, or fields; see `mllm.config.changed`. Raises PolicyError."""
+        return changed(cls(), value, "mode", "reuse")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,13 @@ def grid(
 ) -> list[Arm]:
     """The reference first, then every method with every number of kept tokens under every rule of reuse, each once.
 
-    methods, keeps: see `CompressConfig.of`; "none" keeps all, so that `keeps` says nothing to it.
+    methods, keeps: see `CompressConfig.parse`; "none" keeps all, so that `keeps` says nothing to it.
     reuses: see `ReuseConfig.parse`.  Raises PolicyError: one of them is not known.
     """
     ways: list[CompressConfig] = []
     for method in methods:
-        chosen = CompressConfig.of(method)
-        ways += [CompressConfig()] if chosen.method == "none" else [CompressConfig.of(method, keep) for keep in keeps]
+        chosen = CompressConfig.parse(method)
+        ways += [CompressConfig()] if chosen.method == "none" else [replace(chosen, keep=keep) for keep in keeps]
     rules = [ReuseConfig.parse(reuse) for reuse in reuses]
     rules = [rule if rule.mode != "off" else ReuseConfig() for rule in rules]
     return list(dict.fromkeys([Arm(), *(Arm(way, rule) for way in ways for rule in rules)]))

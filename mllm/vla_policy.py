@@ -110,7 +110,7 @@ class VLAPolicy:
 
     def configure(self, compress: str | Mapping[str, Any] | None = None, keep: int | None = None) -> None:
         """See `mllm.policy.Tunable` and `mini_policy`; what is not named stays as it is."""
-        self.compress = CompressConfig.of(compress or {}, keep or None, self._compress)
+        self.compress = CompressConfig.parse(compress or "", keep or None, self._compress)
 
     def reset(self, instruction: str) -> None:
         """Starts an episode. Raises PolicyError: no instruction, or one that leaves the model no room."""
@@ -296,7 +296,7 @@ def mini_policy(
     """
     if dtype not in ("float32", "bfloat16"):
         raise PolicyError(f"dtype is {dtype!r}: choose float32 or bfloat16")
-    precision, chosen = getattr(torch, dtype), CompressConfig.of(compress, keep)
+    precision, chosen = getattr(torch, dtype), CompressConfig.parse(compress, keep)
     if seed is not None:
         if checkpoint:
             raise PolicyError(f"seed is {seed} and checkpoint {checkpoint!r}: random weights, or these, not both")

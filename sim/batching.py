@@ -1,4 +1,4 @@
-"""One policy for many episodes at once: their threads ask, the thread that owns the policy answers in batches."""
+"""Policies that many episodes share: their threads ask, the thread that owns the policies answers in batches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Stopped(BaseException):
 
 @dataclass
 class Request:
-    """What an episode's thread waits for: its beginning (an instruction), or the answer to an observation."""
+    """What an episode's thread waits for: its beginning (an instruction), or the policy's answer to an observation."""
 
+    policy: BatchedPolicy
     episode: Any
     observation: Observation | None
     instruction: str = ""
@@ -39,37 +40,38 @@ class SharedPolicy:
 
     def __init__(self, policy: BatchedPolicy, post: Callable[[Request], None]) -> None:
         self.action_spec = policy.action_spec
-        self._post = post
+        self._policy, self._post = policy, post
         self._episode: Any = None
 
     def reset(self, instruction: str) -> None:
-        self._episode = self._ask(Request(None, None, instruction))
+        self._episode = self._ask(Request(self._policy, None, None, instruction))
 
     def act(self, observation: Observation) -> ActionStep:
-        return self._ask(Request(self._episode, observation))
+        return self._ask(Request(self._policy, self._episode, observation))
 
     def _ask(self, request: Request) -> Any:
         self._post(request)
         return request.answer.result()
 
 
-def answer(policy: BatchedPolicy, requests: Sequence[Request], max_batch: int) -> None:
-    """Answers `requests`, at most `max_batch` in one call; what the policy raises goes to everybody in that call."""
-    looking = []
+def answer(requests: Sequence[Request], max_batch: int) -> None:
+    """Answers `requests`, at most `max_batch` in one call; what a policy raises goes to everybody in that call."""
+    looking: dict[int, list[Request]] = {}
     for request in requests:
         if request.observation is None:
-            _settle([request], lambda: [policy.begin(request.instruction)])  # noqa: B023, called at once
+            _settle([request], lambda: [request.policy.begin(request.instruction)])  # noqa: B023, called at once
         else:
-            looking.append(request)
-    for start in range(0, len(looking), max_batch):
-        batch = looking[start : start + max_batch]
-        _settle(batch, lambda: _act(policy, batch))  # noqa: B023, called at once
+            looking.setdefault(id(request.policy), []).append(request)
+    for asking in looking.values():
+        for start in range(0, len(asking), max_batch):
+            batch = asking[start : start + max_batch]
+            _settle(batch, lambda: _act(batch))  # noqa: B023, called at once
 
 
-def _act(policy: BatchedPolicy, batch: Sequence[Request]) -> list[ActionStep]:
+def _act(batch: Sequence[Request]) -> list[ActionStep]:
     began = time.perf_counter()
     observations = [request.observation for request in batch if request.observation is not None]
-    steps = policy.act_batch([request.episode for request in batch], observations)
+    steps = batch[0].policy.act_batch([request.episode for request in batch], observations)
     return [
         replace(step, timing={**step.timing, "queue": began - request.asked}, flags={**step.flags, "batch": len(batch)})
         for request, step in zip(batch, steps, strict=True)

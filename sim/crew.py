@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mllm.policy import BatchedPolicy
 from sim.batching import Request, Stopped, answer
 from sim.results import EpisodeKey, EpisodeResult
 
@@ -36,19 +35,19 @@ class _Left:
 class Crew:
     """One thread for each of `players`, which take blocks of episodes until none is left.
 
-    store: called with every finished episode, in the thread that calls `play`.
-    shared: the policy that answers, in the same thread, what players ask with `post`; None where none asks.
+    store: called with every finished episode, in the thread that calls `play`, which also answers what players `post`.
+    max_batch: observations that a policy answers in one call at most.
     """
 
-    def __init__(self, store: Callable[[EpisodeResult], None], shared: BatchedPolicy | None = None, max_batch: int = 1):
-        self._store, self._shared, self._max_batch = store, shared, max_batch
+    def __init__(self, store: Callable[[EpisodeResult], None], max_batch: int = 1) -> None:
+        self._store, self._max_batch = store, max_batch
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._requests: list[Request] = []
         self._stopping = threading.Event()
         self._at_work = 0
 
     def post(self, request: Request) -> None:
-        """Brings a request to the shared policy, from any thread."""
+        """Brings a request to the thread that answers, from any thread."""
         self._messages.put(request)
 
     def play(self, blocks: Sequence[Sequence[EpisodeKey]], players: Sequence[Player]) -> None:
@@ -61,8 +60,7 @@ class Crew:
             while self._at_work:
                 self._receive()
                 if self._requests:
-                    assert self._shared is not None, "only a shared policy's episodes ask"
-                    answer(self._shared, self._requests, self._max_batch)
+                    answer(self._requests, self._max_batch)
                     self._requests.clear()
         finally:
             self._stop()

@@ -128,35 +128,39 @@ class Execution:
 class WorkerEnv(Environment, Protocol):
     """An environment in a process of its own."""
 
+    config: EnvConfig
+
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any: ...
 
     def close(self) -> None: ...
 
 
-class RolloutPlayer:
-    """Plays in-process rollouts, in an environment that is kept for as long as the task stays the same.
+EnvFactory = Callable[[EnvConfig], LiberoEnv]
 
-    make_env: a task's environment, in a process of its own.  make_agent: the policy that acts in it.
-    facts: what is added to every result's provenance.
+
+class RolloutPlayer:
+    """Plays in-process rollouts, in an environment that is kept for as long as the scene stays the same.
+
+    scene: what an episode needs.  build: an environment of that, in a process of its own.
+    agent: who acts in it.  facts: what is added to every result's provenance.
     """
 
     def __init__(
         self,
-        make_env: Callable[[EpisodeKey], WorkerEnv],
-        make_agent: Callable[[WorkerEnv], Policy],
+        scene: Callable[[EpisodeKey], tuple[EnvConfig, EnvFactory]],
+        build: Callable[[EnvConfig, EnvFactory], WorkerEnv],
+        agent: Callable[[EpisodeKey, WorkerEnv], Policy],
         facts: Mapping[str, str],
         record_failures: bool = False,
     ) -> None:
-        self._make_env, self._make_agent = make_env, make_agent
+        self._scene_of, self._build, self._agent = scene, build, agent
         self._facts, self._record = dict(facts), record_failures
         self._env: WorkerEnv | None = None
-        self._agent: Policy | None = None
+        self._scene: tuple[EnvConfig, EnvFactory] | None = None
 
     def play(self, key: EpisodeKey) -> EpisodeResult:
         env = self._environment(key)
-        if self._agent is None:
-            self._agent = self._make_agent(env)
-        log = StepLog(self._agent, frames=self._record)
+        log = StepLog(self._agent(key, env), frames=self._record and bool(env.config.cameras))
         started = now()
         episode = rollout(env, log, key.init_state, key.seed)
         timing = log.stages(episode.steps)
@@ -179,15 +183,16 @@ class RolloutPlayer:
         )
 
     def _environment(self, key: EpisodeKey) -> WorkerEnv:
-        if self._env is None or (self._env.task.suite, self._env.task.index) != (key.suite, key.task):
+        scene = self._scene_of(key)
+        if self._env is None or scene != self._scene:
             self.close()
-            self._env = self._make_env(key)
+            self._env, self._scene = self._build(*scene), scene
         return self._env
 
     def close(self) -> None:
         if self._env is not None:
             self._env.close()
-        self._env = self._agent = None
+        self._env = None
 
 
 def now() -> str:
@@ -203,9 +208,27 @@ def circumstances(workers: int, max_batch: int, executor: str) -> dict[str, str]
     return facts
 
 
+@dataclass(frozen=True)
+class _Side:
+    """What plays the episodes of a variant. policy: None is the expert.  env: suite and task aside."""
+
+    config: EvalConfig
+    policy: Policy | None
+    env: EnvConfig
+
+    @classmethod
+    def of(cls, config: EvalConfig, policy: Policy | None) -> _Side:
+        if policy is None and config.policy != EXPERT:
+            policy = make_policy(config.policy, **config.options)
+        return cls(config, policy, config.env(policy))
+
+    def scene(self, key: EpisodeKey) -> tuple[EnvConfig, EnvFactory]:
+        return dataclasses.replace(self.env, suite=key.suite, task=key.task), LiberoEnv if self.policy else ExpertEnv
+
+
 def evaluate(
     path: Path | str,
-    config: EvalConfig,
+    config: EvalConfig | Mapping[str, EvalConfig],
     keys: Sequence[EpisodeKey],
     execution: Execution | None = None,
     policy: Policy | None = None,
@@ -213,41 +236,51 @@ def evaluate(
 ) -> Progress:
     """Plays those of `keys` that the run at `path` lacks, and stores each as it ends.
 
-    policy: the one to use; None makes the one that `config` names.
+    config: of all episodes, or of each variant, whose policies then are in memory all together.
+    policy: the one to use; None makes those that `config` names.
     on_progress: called at the start and after every episode.
     Raises ConfigurationError, PolicyError: it cannot be played as asked, or the run has another configuration.
     Raises SimError: too many errors in a row.  Raises ResultError: the file cannot be written.
     Whatever ends it, finished episodes are in the file, and the same call goes on from there.
     """
     execution = execution or Execution()
-    expert = config.policy == EXPERT and policy is None
-    first = policy if policy is not None or expert else make_policy(config.policy, **config.options)
-    env = config.env(first)
-    record = execution.record_failures and bool(env.cameras)
+    if isinstance(config, EvalConfig):
+        sides = dict.fromkeys((key.variant for key in keys), _Side.of(config, policy))
+    else:
+        sides = {variant: _Side.of(own, policy) for variant, own in config.items()}
     facts = circumstances(execution.workers, execution.max_batch, execution.executor)
-    with Ledger(
-        path, config.facts(env, first), keys, execution.retry_errors, execution.error_limit, on_progress
-    ) as ledger:
-        shared = cast(BatchedPolicy, first) if is_batched(first) else None
-        crew = Crew(ledger.store, shared, execution.max_batch)
+    meant = {variant: side.config.facts(side.env, side.policy) for variant, side in sides.items()}
+    with Ledger(path, meant, keys, execution.retry_errors, execution.error_limit, on_progress) as ledger:
+        crew = Crew(ledger.store, execution.max_batch)
 
-        def make_env(key: EpisodeKey) -> WorkerEnv:
-            task = dataclasses.replace(env, suite=key.suite, task=key.task)
-            factory: Callable[[EnvConfig], LiberoEnv] = ExpertEnv if expert else LiberoEnv
-            return _env_class(execution.executor)(task, execution.start_limit, execution.call_limit, factory)
+        def scene(key: EpisodeKey) -> tuple[EnvConfig, EnvFactory]:
+            return sides[key.variant].scene(key)
+
+        def build(env: EnvConfig, factory: EnvFactory) -> WorkerEnv:
+            return _env_class(execution.executor)(env, execution.start_limit, execution.call_limit, factory)
 
         def make_player(number: int) -> RolloutPlayer:
-            if expert:
-                return RolloutPlayer(make_env, RemoteExpert, facts)
-            if shared is not None:
-                return RolloutPlayer(make_env, lambda _: SharedPolicy(shared, crew.post), facts, record)
-            own = first if number == 0 else _warm(make_policy(config.policy, **config.options))
-            return RolloutPlayer(make_env, lambda _: cast(Policy, own), facts, record)
+            own: dict[str, Policy] = {}
 
-        if ledger.missing and first is not None:
-            _warm(first)
+            def agent(key: EpisodeKey, env: WorkerEnv) -> Policy:
+                side = sides[key.variant]
+                if side.policy is None:
+                    return RemoteExpert(env)
+                if is_batched(side.policy):
+                    return SharedPolicy(cast(BatchedPolicy, side.policy), crew.post)
+                if number == 0:
+                    return side.policy
+                if key.variant not in own:
+                    own[key.variant] = _warm(make_policy(side.config.policy, **side.config.options))
+                return own[key.variant]
+
+            return RolloutPlayer(scene, build, agent, facts, execution.record_failures)
+
+        for variant in dict.fromkeys(key.variant for key in ledger.missing):
+            if (missing := sides[variant].policy) is not None:
+                _warm(missing)
         # A policy that was given, and answers one episode at a time, exists once.
-        workers = 1 if policy is not None and shared is None else execution.workers
+        workers = 1 if policy is not None and not is_batched(policy) else execution.workers
         blocks = make_blocks(ledger.missing, execution.in_a_row, workers)
         crew.play(blocks, [make_player(number) for number in range(min(workers, len(blocks)))])
         return ledger.progress

@@ -40,7 +40,7 @@ class Progress:
 class Ledger:
     """Opens the run at `path` for the episodes `keys`; a context manager, used by one thread.
 
-    configuration: what an episode means; one that differs from the run's is refused.
+    configurations: what an episode of each variant means; one that differs from the run's is refused.
     retry_errors: play episodes again that the run has as errors.
     error_limit: errors in a row after which `store` raises.
     on_progress: called at the start and after every episode.
@@ -50,7 +50,7 @@ class Ledger:
     def __init__(
         self,
         path: Path | str,
-        configuration: Mapping[str, Any],
+        configurations: Mapping[str, Mapping[str, Any]],
         keys: Sequence[EpisodeKey],
         retry_errors: bool = False,
         error_limit: int = 20,
@@ -60,7 +60,7 @@ class Ledger:
         self._error_limit, self._on_progress = error_limit, on_progress
         self._errors_in_a_row = 0
         try:
-            for variant in dict.fromkeys(key.variant for key in keys):
+            for variant, configuration in configurations.items():
                 self._run.configure(variant, configuration)
             known = self._run.outcomes()
             outcomes = {

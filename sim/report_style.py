@@ -30,8 +30,8 @@ p { margin: .4rem 0; max-width: 50rem; }
 .scroll { overflow-x: auto; margin-bottom: 1.4rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { font-weight: 500; font-size: .86rem; text-align: left; }
-th, td { padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
-th.n, td.n, .scroll td:first-child { white-space: nowrap; }
+th, td { padding: .38rem .8rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
+td.n { white-space: nowrap; }
 th.n, td.n { text-align: right; }
 tr.total td { font-weight: 600; }
 .bar { position: relative; height: .8rem; min-width: 5rem; background: var(--card); border-radius: .2rem; }

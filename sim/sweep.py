@@ -13,8 +13,7 @@ from mllm.policy import make_policy
 from mllm.sweep import Arm, Clip, deviation, replay
 from sim.evaluate import EvalConfig, Execution, evaluate
 from sim.ledger import Progress
-from sim.results import EpisodeKey, RunFile
-from sim.schedule import make_blocks
+from sim.results import EpisodeKey
 from sim.statistics import bootstrap
 
 
@@ -72,34 +71,12 @@ def closed_loop(
 ) -> Progress:
     """Plays `keys` under every arm, which is a variant of the run at `path`; what the run has is not played again.
 
-    A few episodes under every arm by turns, then the next few: the arms of a run that was stopped are comparable, and a
-    machine that is slow for a while is so for all of them.  Raises: see `sim.evaluate.evaluate`.
+    An episode under every arm, then the next one: the arms of a run that was stopped are comparable, and a machine that
+    is slow for a while is so for all of them.  execution: `in_a_row` counts the episodes of each arm.
+    Raises: see `sim.evaluate.evaluate`.
     """
     execution = execution or Execution()
-    planned = [replace(key, variant=arm.name) for arm in arms for key in keys]
-    known = _outcomes(Path(path), execution.retry_errors)
-    outcomes = {key: known[key] for key in planned if key in known}
-    whole = Progress(planned, outcomes, before=len(outcomes))
-    on_progress(whole)
-
-    def show(part: Progress) -> None:
-        if part.done > part.before:
-            key = next(reversed(part.outcomes))
-            whole.outcomes[key] = part.outcomes[key]
-            on_progress(whole)
-
-    for number, part in enumerate(make_blocks(keys, execution.in_a_row * execution.workers, workers=1)):
-        for arm in arms:
-            mine = [replace(key, variant=arm.name) for key in part]
-            # The first block is asked for in any case: a configuration that has changed is refused there.
-            if number == 0 or any(key not in whole.outcomes for key in mine):
-                own = replace(config, options={**config.options, **arm.options})
-                evaluate(path, own, mine, execution, on_progress=show)
-    return whole
-
-
-def _outcomes(path: Path, retry_errors: bool) -> dict[EpisodeKey, str]:
-    if not path.is_file():
-        return {}
-    with RunFile(path) as run:
-        return {key: outcome for key, outcome in run.outcomes().items() if not (retry_errors and outcome == "error")}
+    execution = replace(execution, in_a_row=min(4096, execution.in_a_row * len(arms)))
+    configs = {arm.name: replace(config, options={**config.options, **arm.options}) for arm in arms}
+    planned = [replace(key, variant=arm.name) for key in keys for arm in arms]
+    return evaluate(path, configs, planned, execution, on_progress=on_progress)

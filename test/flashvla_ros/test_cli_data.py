@@ -7,19 +7,7 @@ import json
 import pytest
 
 from flashvla_ros.cli import main
-from flashvla_ros.cli_data import parse_tasks
-from flashvla_ros.errors import ConfigurationError
 from mllm.demonstrations import write_demonstration
-
-
-@pytest.mark.parametrize(("text", "tasks"), [("all", ()), ("3", (3,)), ("0,3,7", (0, 3, 7))])
-def test_tasks_are_all_or_indices(text, tasks):
-    assert parse_tasks(text) == tasks
-
-
-def test_tasks_that_are_no_numbers_are_refused():
-    with pytest.raises(ConfigurationError, match="'0-3'"):
-        parse_tasks("0-3")
 
 
 @pytest.mark.parametrize(

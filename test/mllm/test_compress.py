@@ -298,7 +298,7 @@ def test_what_a_model_cannot_keep_is_refused_with_its_numbers(options, message):
 
 
 def test_a_policys_options_name_a_method_or_all_fields():
-    assert CompressConfig.of("flashvla", 64) == CompressConfig("flashvla", keep=64)
-    assert CompressConfig.of({"method": "fastv", "keep": 9, "trim": False}) == CompressConfig("fastv", 9, trim=False)
-    with pytest.raises(PolicyError, match="compression has no option 'budget'; choose from method, keep"):
-        CompressConfig.of({"method": "fastv", "budget": 9})
+    assert CompressConfig.parse("flashvla", 64) == CompressConfig("flashvla", keep=64)
+    assert CompressConfig.parse({"method": "fastv", "keep": 9, "trim": False}) == CompressConfig("fastv", 9, trim=False)
+    with pytest.raises(PolicyError, match="compress has no setting 'budget'; choose from method, keep"):
+        CompressConfig.parse({"method": "fastv", "budget": 9})

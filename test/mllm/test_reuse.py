@@ -301,7 +301,7 @@ def test_a_configuration_is_a_mode_or_its_fields_also_as_json():
     [
         ("sometimes", "choose one of off, paper, gated"),
         ("{", "must be a mode or a JSON object"),
-        ({"mode": "paper", "eps1": 3}, "no setting 'eps1'; it has: mode, max_angle"),
+        ({"mode": "paper", "eps1": 3}, "reuse has no setting 'eps1'; choose from mode, max_angle"),
         ({"max_angle": float("nan")}, "max_angle is nan: it must be a number from 0 to 180"),
         ({"min_overlap": "high"}, "min_overlap is 'high'"),
         ({"max_consecutive": 0}, "max_consecutive is 0: it must be a whole number from 1 to 1000"),
