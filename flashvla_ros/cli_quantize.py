@@ -30,8 +30,8 @@ class Quantize:
     """Folder to write."""
     bits: Literal[4, 6, 8] = 4
     """Of weights."""
-    act_bits: Literal[4, 6, 8, 16] = 4
-    """Of the inputs of layers; 16 leaves them as they are."""
+    act_bits: Literal[4, 6, 8, 16] = 6
+    """Of the inputs of layers; 16 leaves them as they are. The decoder's do not take 4 well."""
     family: Literal["msfp", "signed", "int", "int-minmax"] = "msfp"
     """msfp: floating point, without a sign where the inputs are anomalous. Compare with signed floating point, integers
     by the same search, and integers by the largest magnitude."""

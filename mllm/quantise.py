@@ -25,7 +25,7 @@ EXCLUDE = {
 }
 
 
-def vla_config(bits: int = 4, act_bits: int | None = 4, family: str = "msfp") -> MSFPConfig:
+def vla_config(bits: int = 4, act_bits: int | None = 6, family: str = "msfp") -> MSFPConfig:
     """How the layers of a `mllm.vla.VLA` are quantised; see `MSFPConfig`."""
     return MSFPConfig(bits, act_bits, family, least=LEAST, exclude=EXCLUDE)
 
