@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from flashvla_ros.comparison import as_json
+from flashvla_ros.console import table_console
 from flashvla_ros.eval_table import shown
 from mllm.sweep import Arm, Clip
 from sim.evaluate import EvalConfig, Execution
@@ -23,17 +23,11 @@ from sim.statistics import percent
 from sim.sweep import closed_loop
 
 
-def _console(json_output: bool) -> Console:
-    """As wide as the tables where nobody's terminal says otherwise."""
-    console = Console(stderr=json_output)
-    return console if console.is_terminal else Console(stderr=json_output, width=140)
-
-
 def show_open_loop(
     rows: Iterable[dict[str, Any]], clips: Sequence[Clip], facts: Mapping[str, Any], json_output: bool
 ) -> None:
     """rows: of `sim.sweep.open_loop`; each is told on stderr as it comes."""
-    console, found = _console(json_output), []
+    console, found = table_console(json_output), []
     frames = sum(len(clip.proprio["eef_pos"]) for clip in clips)
     for row in rows:
         found.append(row)
@@ -72,7 +66,7 @@ def run_closed_loop(
     json_output: bool,
 ) -> int:
     """Plays what the run at `path` lacks, and prints all its arms. Returns 1 where an episode is an error."""
-    console = _console(json_output)
+    console = table_console(json_output)
     title = f"{config.policy}, {len(arms)} arms: {path}"
     with warnings.catch_warnings(), shown(console, title) as show:
         warnings.showwarning = lambda message, *_: console.print(f"warning: {message}", style="yellow", markup=False)
