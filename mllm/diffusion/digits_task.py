@@ -1,0 +1,78 @@
+"""The experiment on scikit-learn's digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mllm.diffusion.arms import Subject, draw
+from mllm.diffusion.denoiser import Denoiser, DenoiserConfig
+from mllm.diffusion.digits import PIXELS, Classifier, digits, frechet, train_classifier
+from mllm.diffusion.fit import FitConfig, fit
+from mllm.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class DigitsTask:
+    """folder: where the full-precision model of each seed is kept.
+    samples: digits drawn by each arm.  calibration: trajectories that it is calibrated and distilled on.
+    """
+
+    folder: Path
+    denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(PIXELS, width=96, depth=2))
+    schedule: Schedule = field(default_factory=Schedule)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4000, batch=128))
+    samples: int = 10_000
+    calibration: int = 512
+
+    name = "digits"
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        sizes = {"samples": self.samples, "calibration": self.calibration}
+        return {name: asdict(getattr(self, name)) for name in ("denoiser", "schedule", "fit")} | sizes
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        return train_classifier()
+
+    @cached_property
+    def _real(self) -> Tensor:
+        return self._classifier.features(digits()[0])
+
+    def subject(self, seed: int) -> Subject:
+        """The model is trained once, and found in the folder from then on."""
+        model, path = Denoiser(self.denoiser), self.folder / f"digits-{seed}.safetensors"
+        if path.is_file():
+            model.load_state_dict(load_file(path))
+        else:
+            options = asdict(self.fit) | {"seed": seed}
+            model = fit(model, digits()[0], self.schedule, FitConfig(**options))
+            part = path.with_suffix(".part")
+            save_file(model.state_dict(), part)
+            part.replace(path)
+        return Subject(model.requires_grad_(False), self.schedule, self._noise(2 * seed, self.calibration))
+
+    def _noise(self, seed: int, rows: int) -> Tensor:
+        return torch.randn(rows, PIXELS, generator=torch.Generator().manual_seed(seed))
+
+    def measure(self, subject: Subject, at: Callable[[int], nn.Module], seed: int) -> dict[str, float]:
+        """ "frechet": from the real digits.  "apart": of a digit from what the full-precision model makes of the same
+        noise, root mean square over its pixels, whose range is 2.  "frechet to full": from those.
+        """
+        noise = self._noise(2 * seed + 1, self.samples)
+        own = draw(at, subject.schedule, noise)
+        full = draw(lambda _: subject.model, subject.schedule, noise)
+        features, reference = self._classifier.features(own), self._classifier.features(full)
+        return {
+            "frechet": frechet(self._real, features),
+            "apart": float((own - full).square().mean().sqrt()),
+            "frechet to full": frechet(reference, features),
+        }
