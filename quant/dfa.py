@@ -52,7 +52,7 @@ class DistilConfig:
     by half a cosine.  seed: of what is drawn.
     """
 
-    updates: int = 2000
+    updates: int = 1500
     batch: int = 128
     rate: float = 1e-3
     seed: int = 0

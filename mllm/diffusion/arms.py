@@ -17,6 +17,9 @@ from quant.packed import Activation
 from quant.search import input_candidates, search_input, search_weight, weight_candidates
 from quant.talora import LayerGrids, Talora, TaloraConfig
 
+# Numbers of a layer's inputs that the search goes by.
+SAMPLE = 1 << 14
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -123,7 +126,7 @@ def prepare(subject: Subject, families: set[str], config: QuantiseConfig) -> Pre
             lambda step, x, found: seen.append((x, found)),
         )
 
-    inputs = calibrate(subject.model, run)
+    inputs = calibrate(subject.model, run, SAMPLE)
     ends = {"enter", "leave"}
     grids: dict[str, dict[str, LayerGrids]] = {}
     for family in families:

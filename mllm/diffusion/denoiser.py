@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import check_sizes
+from mllm.errors import PolicyError
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """forward(x, times, condition): x (B, numbers), times (B,), condition (B, condition) or None -> (B, numbers)."""
+    """forward(x, times, condition): x (B, numbers), times (B,), condition (B, condition) or None -> (B, numbers).
+
+    Raises PolicyError: a condition is missing, or not asked for.
+    """
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -65,6 +69,10 @@ class Denoiser(nn.Module):
         self.leave = nn.Linear(width, config.numbers)
 
     def forward(self, x: Tensor, times: Tensor, condition: Tensor | None = None) -> Tensor:
+        if (self.condition is None) != (condition is None):
+            raise PolicyError(
+                f"the denoiser takes a condition of {self.config.condition} numbers: look at what was given"
+            )
         given = self.time2(F.silu(self.time1(sinusoids(times, self.config.width).to(x.dtype))))
         if self.condition is not None and condition is not None:
             given = given + self.condition(condition)

@@ -28,7 +28,7 @@ class DigitsTask:
     folder: Path
     denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(PIXELS, width=96, depth=2))
     schedule: Schedule = field(default_factory=Schedule)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=4000, batch=128))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, batch=128))
     samples: int = 10_000
     calibration: int = 512
 
@@ -64,15 +64,18 @@ class DigitsTask:
         return torch.randn(rows, PIXELS, generator=torch.Generator().manual_seed(seed))
 
     def measure(self, subject: Subject, at: Callable[[int], nn.Module], seed: int) -> dict[str, float]:
-        """ "frechet": from the real digits.  "apart": of a digit from what the full-precision model makes of the same
-        noise, root mean square over its pixels, whose range is 2.  "frechet to full": from those.
+        """Distances of the arm's digits, all from the same noise.
+
+        "frechet to full": from the full-precision model's, which is what fine-tuning without data can aim at.
+        "frechet": from the real digits.  "apart": root mean square difference of a pixel, whose range is 2, from the
+        full-precision model's.
         """
         noise = self._noise(2 * seed + 1, self.samples)
         own = draw(at, subject.schedule, noise)
         full = draw(lambda _: subject.model, subject.schedule, noise)
         features, reference = self._classifier.features(own), self._classifier.features(full)
         return {
+            "frechet to full": frechet(reference, features),
             "frechet": frechet(self._real, features),
             "apart": float((own - full).square().mean().sqrt()),
-            "frechet to full": frechet(reference, features),
         }

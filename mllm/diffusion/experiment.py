@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from mllm.config import check_sizes
-from mllm.diffusion.arms import ARMS, Arm, Made, QuantiseConfig, Subject, make, prepare
+from mllm.diffusion.arms import ARMS, Arm, Made, QuantiseConfig, Subject, draw, make, prepare
 from mllm.errors import PolicyError
 
 ROWS, SETTINGS = "rows.jsonl", "settings.json"
@@ -98,11 +98,15 @@ def _run_seed(task: Task, seed: int, arms: Sequence[Arm], config: QuantiseConfig
 
 
 def _facts(made: Made, subject: Subject) -> dict[str, Any]:
-    """Bytes of the weights as they are used, which adapter each step has, and the loss at the end of fine-tuning."""
+    """Bytes of the weights as they are used, which adapter each step has, how far the packed model draws from the fake-
+    quantised one (root mean square, for the calibration's noise), and the loss at the end of fine-tuning.
+    """
     if made.talora is None:
         return {"bytes": sum(weight.numel() * weight.element_size() for weight in subject.model.parameters())}
     deployed = made.talora.deploy(subject.schedule.steps)
+    drawn = [draw(at, subject.schedule, subject.noise, subject.condition) for at in (made.at, deployed.at)]
     facts: dict[str, Any] = {"bytes": deployed.packed_bytes(), "table": deployed.table}
+    facts["deployed"] = float((drawn[0] - drawn[1]).square().mean().sqrt())
     if made.losses:
         last = made.losses[-subject.schedule.steps * 5 :]
         facts["loss"] = statistics.fmean(last)
