@@ -29,7 +29,7 @@ class Experiment:
     """Of TALoRA, in each layer."""
     rank: int = 2
     """Of an adapter."""
-    updates: int = 1500
+    updates: int = 1200
     """Of fine-tuning."""
     fit_steps: int = 5000
     """Of training the full-precision model."""

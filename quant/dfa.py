@@ -52,8 +52,8 @@ class DistilConfig:
     by half a cosine.  seed: of what is drawn.
     """
 
-    updates: int = 1500
-    batch: int = 128
+    updates: int = 1200
+    batch: int = 64
     rate: float = 1e-3
     seed: int = 0
 

@@ -31,6 +31,7 @@ class DigitsTask:
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, batch=128))
     samples: int = 10_000
     calibration: int = 512
+    _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name = "digits"
 
@@ -72,7 +73,9 @@ class DigitsTask:
         """
         noise = self._noise(2 * seed + 1, self.samples)
         own = draw(at, subject.schedule, noise)
-        full = draw(lambda _: subject.model, subject.schedule, noise)
+        if seed not in self._drawn:
+            self._drawn[seed] = draw(lambda _: subject.model, subject.schedule, noise)
+        full = self._drawn[seed]
         features, reference = self._classifier.features(own), self._classifier.features(full)
         return {
             "frechet to full": frechet(reference, features),
