@@ -35,6 +35,13 @@ class Experiment:
     """Of training the full-precision model."""
     samples: int = 10_000
     """Drawn by every arm."""
+    demonstrations: tuple[str, ...] = ()
+    """Folders, as flashvla collect writes them: an action head is put to the same test, on what the model's slots say
+    about their frames."""
+    frames: int = 4000
+    """Of the demonstrations."""
+    checkpoint: str = ""
+    """Folder of that model's weights; those that come with the package if not given."""
     threads: int = 1
     """Of torch."""
     json: bool = False
@@ -46,7 +53,7 @@ class Experiment:
         from flashvla_ros.experiment_table import show
         from mllm.diffusion.arms import QuantiseConfig
         from mllm.diffusion.digits_task import DigitsTask
-        from mllm.diffusion.experiment import ExperimentConfig
+        from mllm.diffusion.experiment import ExperimentConfig, Task
         from mllm.diffusion.fit import FitConfig
         from quant.dfa import DistilConfig
 
@@ -54,7 +61,14 @@ class Experiment:
         distil = DistilConfig(updates=self.updates)
         quantise = QuantiseConfig(self.bits, adapters=self.adapters, rank=self.rank, distil=distil)
         digits = DigitsTask(self.out, fit=FitConfig(self.fit_steps, batch=128), samples=self.samples)
-        return show(self.out, [digits], ExperimentConfig(self.seeds, quantise), self.json)
+        tasks: list[Task] = [digits]
+        if self.demonstrations:
+            from mllm.diffusion.head_task import HeadTask, record_features
+            from mllm.hf_config import WEIGHTS
+
+            features = record_features(self.checkpoint or WEIGHTS / "mini", self.demonstrations, self.frames)
+            tasks.append(HeadTask(self.out, features, fit=FitConfig(self.fit_steps, batch=128)))
+        return show(self.out, tasks, ExperimentConfig(self.seeds, quantise), self.json)
 
 
 COMMANDS = {"experiment": Experiment}

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mllm.diffusion.arms import Subject, draw
-from mllm.diffusion.denoiser import Denoiser, DenoiserConfig
+from mllm.diffusion.denoiser import DenoiserConfig
 from mllm.diffusion.digits import PIXELS, Classifier, digits, frechet, train_classifier
-from mllm.diffusion.fit import FitConfig, fit
+from mllm.diffusion.fit import FitConfig, fitted
 from mllm.diffusion.schedule import Schedule
 
 
@@ -50,16 +49,9 @@ class DigitsTask:
 
     def subject(self, seed: int) -> Subject:
         """The model is trained once, and found in the folder from then on."""
-        model, path = Denoiser(self.denoiser), self.folder / f"digits-{seed}.safetensors"
-        if path.is_file():
-            model.load_state_dict(load_file(path))
-        else:
-            options = asdict(self.fit) | {"seed": seed}
-            model = fit(model, digits()[0], self.schedule, FitConfig(**options))
-            part = path.with_suffix(".part")
-            save_file(model.state_dict(), part)
-            part.replace(path)
-        return Subject(model.requires_grad_(False), self.schedule, self._noise(2 * seed, self.calibration))
+        path = self.folder / f"digits-{seed}.safetensors"
+        model = fitted(path, self.denoiser, digits()[0], self.schedule, self.fit, seed)
+        return Subject(model, self.schedule, self._noise(2 * seed, self.calibration))
 
     def _noise(self, seed: int, rows: int) -> Tensor:
         return torch.randn(rows, PIXELS, generator=torch.Generator().manual_seed(seed))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mllm.config import check_numbers, check_sizes
-from mllm.diffusion.denoiser import Denoiser
+from mllm.diffusion.denoiser import Denoiser, DenoiserConfig
 from mllm.diffusion.schedule import Schedule
 
 
@@ -54,6 +56,27 @@ def fit(model: Denoiser, x: Tensor, schedule: Schedule, config: FitConfig, condi
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     return average
+
+
+def fitted(
+    path: Path,
+    config: DenoiserConfig,
+    x: Tensor,
+    schedule: Schedule,
+    how: FitConfig,
+    seed: int,
+    condition: Tensor | None = None,
+) -> Denoiser:
+    """The denoiser that `path` holds, or after `fit` by the seed, kept there. Not to be trained further."""
+    model = Denoiser(config)
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+    else:
+        model = fit(model, x, schedule, replace(how, seed=seed), condition)
+        part = path.with_suffix(".part")
+        save_file(model.state_dict(), part)
+        part.replace(path)
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()

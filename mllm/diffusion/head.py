@@ -14,6 +14,8 @@ from mllm.diffusion.schedule import Schedule
 
 # Levels of noise that each sample of a batch is trained on: a pass of the backbone costs far more than one of the head.
 DRAWS = 4
+# Of an action's numbers, which are labels in [-1, 1].
+LIMIT = 1.0
 
 
 class DiffusionHead(nn.Module):
@@ -25,7 +27,7 @@ class DiffusionHead(nn.Module):
 
     def __init__(self, hidden: int, chunk: int, numbers: int, config: DiffusionConfig) -> None:
         super().__init__()
-        self.schedule = Schedule(config.times, config.steps)
+        self.schedule = Schedule(config.times, config.steps, LIMIT)
         row = chunk * numbers
         self.denoiser = Denoiser(DenoiserConfig(row, config.width, config.depth, condition=chunk * hidden))
         self.register_buffer("noise", torch.randn(chunk, numbers, generator=torch.Generator().manual_seed(0)))

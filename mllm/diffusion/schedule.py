@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mllm.config import check_sizes
+from mllm.config import check_numbers, check_sizes
 from mllm.errors import PolicyError
 from quant.dfa import ddim_gamma
 
@@ -20,15 +20,21 @@ LEAST, MOST = 0.1, 20.0
 @dataclass(frozen=True)
 class Schedule:
     """times: noise levels in training.  steps: of the sampler, evenly spread from the noisiest level (our choice, after
-    Lin et al., arXiv 2305.08891).  Raises PolicyError: other sizes.
+    Lin et al., arXiv 2305.08891).
+    limit: largest magnitude of a clean number, where it is known, else None; in each step what x would be without the
+        noise foretold is cut there. Errors in the first steps then grow less than gamma says.
+    Raises PolicyError: other sizes.
     """
 
     times: int = 1000
     steps: int = 20
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, {"times": (25, 10_000)})
         check_sizes(self, {"steps": (1, self.times)})
+        if self.limit is not None:
+            check_numbers(self, {"limit": (1e-3, 1e6)})
 
     @cached_property
     def alpha_bar(self) -> Tensor:
@@ -66,7 +72,8 @@ class Schedule:
         """DDIM without noise of its own (Song et al., arXiv 2010.02502, equation 12 with sigma 0).
 
         predict: (step, x) -> the noise in x, in step 0 to `steps` - 1.  noise: (B, ...), where it begins.
-        see: is told of every step its number, x and the answer.  Returns x at the end, of noise's shape.
+        see: is told of every step its number, x and the answer.
+        Returns x at the end, of noise's shape.
         """
         x = noise
         for step, (left, then) in enumerate(zip(*(level.tolist() for level in self.path), strict=True)):
@@ -76,5 +83,7 @@ class Schedule:
             if see is not None:
                 see(step, x, found)
             clean = (x - (1 - left) ** 0.5 * found) / left**0.5
+            if self.limit is not None:
+                clean = clean.clamp(-self.limit, self.limit)
             x = then**0.5 * clean + (1 - then) ** 0.5 * found
         return x

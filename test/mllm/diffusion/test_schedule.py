@@ -66,6 +66,11 @@ def test_one_who_knows_the_noise_finds_what_was_hidden_in_it():
     torch.testing.assert_close(schedule.sample(predict, torch.randn(4, 6, dtype=torch.float64)), hidden)
 
 
+def test_what_is_known_to_lie_within_limits_is_kept_there():
+    end = Schedule(100, 6, limit=0.5).sample(lambda step, x: torch.zeros_like(x), torch.randn(50, 3))
+    assert float(end.abs().max()) == 0.5
+
+
 def test_gamma_is_how_far_an_error_in_one_step_moves_the_next_state():
     schedule, noise = Schedule(200, 8), torch.randn(1, 1, dtype=torch.float64)
     for step in range(8):
@@ -83,7 +88,7 @@ def test_gamma_is_how_far_an_error_in_one_step_moves_the_next_state():
 
 
 def test_wrong_sizes_are_refused():
-    for sizes in ((10, 5), (100, 0), (100, 101)):
+    for sizes in ((10, 5), (100, 0), (100, 101), (100, 5, 0.0)):
         with pytest.raises(PolicyError, match="Schedule"):
             Schedule(*sizes)
     with pytest.raises(PolicyError, match="shape"):
