@@ -133,7 +133,9 @@ def prepare(subject: Subject, families: set[str], config: QuantiseConfig) -> Pre
         grids[family] = {}
         for name, given in inputs.items():
             bits = config.ends if name in ends else config.bits
-            weight = search_weight(subject.model.get_submodule(name).weight, weight_candidates(family, bits))
+            layer = subject.model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            weight = search_weight(layer.weight, weight_candidates(family, bits))
             tried = input_candidates(family, bits, given.anomalous)
             best = search_input(given.sample, given.minimum, given.maximum, tried)[0]
             grids[family][name] = LayerGrids(weight, Activation(best.format, best.scale, best.zero))

@@ -64,7 +64,7 @@ def run_experiment(
     folder: Path,
     tasks: Sequence[Task],
     config: ExperimentConfig,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
     arms: Sequence[Arm] = ARMS,
 ) -> list[dict[str, Any]]:
     """Runs what `folder` lacks, and returns all rows. A row is on the disk before the next arm begins.
