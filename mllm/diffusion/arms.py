@@ -17,6 +17,9 @@ from quant.packed import Activation
 from quant.search import input_candidates, search_input, search_weight, weight_candidates
 from quant.talora import LayerGrids, Talora, TaloraConfig
 
+# The first layers, which read what the denoiser is given, and the last. Four bits of a timestep's sines tell neighbours
+# apart no more, and every step then errs alike.
+ENDS = ("enter", "time1", "condition", "leave")
 # Numbers of a layer's inputs that the search goes by.
 SAMPLE = 1 << 14
 
@@ -51,7 +54,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class QuantiseConfig:
-    """bits: of weights and inputs; ends: of the first and the last layer.  adapters, rank: of TALoRA; LoRA has one of
+    """bits: of weights and inputs; ends: of `ENDS`.  adapters, rank: of TALoRA; LoRA has one of
     that rank, or of `adapters` times it.  distil: of every arm alike.
     """
 
@@ -127,12 +130,11 @@ def prepare(subject: Subject, families: set[str], config: QuantiseConfig) -> Pre
         )
 
     inputs = calibrate(subject.model, run, SAMPLE)
-    ends = {"enter", "leave"}
     grids: dict[str, dict[str, LayerGrids]] = {}
     for family in families:
         grids[family] = {}
         for name, given in inputs.items():
-            bits = config.ends if name in ends else config.bits
+            bits = config.ends if name in ENDS else config.bits
             layer = subject.model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
             weight = search_weight(layer.weight, weight_candidates(family, bits))
