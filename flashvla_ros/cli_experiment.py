@@ -24,7 +24,7 @@ class Experiment:
     seeds: int = 3
     """Each with a model of its own."""
     bits: int = 4
-    """Of weights and inputs; the first and the last layer have 8."""
+    """Of weights and inputs; the first and the last layers have 8."""
     adapters: int = 2
     """Of TALoRA, in each layer."""
     rank: int = 2

@@ -8,12 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mllm.diffusion.arms import (  # noqa: E402
-    QuantiseConfig,
-    Subject,
-    draw,
-    prepare,
-)
+from mllm.diffusion.arms import ENDS, QuantiseConfig, Subject, draw, prepare  # noqa: E402
 from mllm.diffusion.denoiser import Denoiser, DenoiserConfig, sinusoids  # noqa: E402
 from mllm.diffusion.fit import FitConfig, fit  # noqa: E402
 from mllm.diffusion.schedule import Schedule  # noqa: E402
@@ -56,8 +51,8 @@ def test_layers_behind_silu_are_the_anomalous_ones_and_ends_keep_eight_bits():
         name: {format.bits for format in grid.weight.formats} | {grid.inputs.format.bits}
         for name, grid in grids.items()
     }
-    assert {name for name, found in bits.items() if found == {8}} == {"enter", "leave"}
-    assert all(found == {4} for name, found in bits.items() if name not in ("enter", "leave"))
+    assert {name for name, found in bits.items() if found == {8}} == {"enter", "time1", "leave"}
+    assert all(found == {4} for name, found in bits.items() if name not in ENDS)
 
 
 def test_a_trained_model_draws_what_it_has_seen():
