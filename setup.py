@@ -46,6 +46,8 @@ setup(
         "serve": ["websockets>=13", "msgpack>=1.2.1"],
         # Statistics and report of `flashvla eval`.
         "eval": ["scipy>=1.15", "statsmodels>=0.14.4", "matplotlib>=3.8"],
+        # `flashvla experiment`: scikit-learn brings the digits.
+        "experiment": ["scikit-learn>=1.3", "matplotlib>=3.8"],
         "ray": ["ray>=2.40"],
         "test": [
             "pytest>=8",

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from flashvla_ros import cli_data, cli_describe, cli_eval, cli_quantize, cli_sweep, cli_trace, cli_train
+from flashvla_ros import cli_data, cli_describe, cli_eval, cli_experiment, cli_quantize, cli_sweep, cli_trace, cli_train
 from flashvla_ros.cli_options import PolicyOptions
 from flashvla_ros.errors import ConfigurationError, RecordingError
 from mllm.errors import PolicyError
@@ -311,6 +311,7 @@ def main(args: list[str] | None = None) -> int:
             **cli_eval.COMMANDS,
             **cli_quantize.COMMANDS,
             **cli_sweep.COMMANDS,
+            **cli_experiment.COMMANDS,
             **cli_describe.COMMANDS,
             **cli_trace.COMMANDS,
         },

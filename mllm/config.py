@@ -15,8 +15,9 @@ OWN_TOWER = "conv-vit"
 RESIZES = ("lanczos", "area")
 # Token by token; in one pass whose action slots see one another; or in one in which every position sees every other.
 DECODING = ("causal", "slots", "full")
-# A token for each number of an action, or the numbers themselves (OpenVLA-OFT's L1 regression).
-HEADS = ("tokens", "regression")
+# A token for each number of an action, the numbers themselves (OpenVLA-OFT's L1 regression), or drawn from noise
+# (`mllm.diffusion.head`).
+HEADS = ("tokens", "regression", "diffusion")
 # OpenVLA's `vision_backbone_id`: timm's names and image sizes, in the order of the features.
 DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"
 BACKBONES = {
@@ -194,6 +195,22 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """Of head "diffusion". times: levels of noise in training.  steps: of the sampler.  width, depth: of the denoiser;
+    see `mllm.diffusion.denoiser`.
+    """
+
+    times: int = 100
+    steps: int = 10
+    width: int = 256
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        check_sizes(self, {"times": (25, 10_000), "width": (2, 32768), "depth": (1, 256)})
+        check_sizes(self, {"steps": (1, self.times)})
+
+
+@dataclass(frozen=True)
 class VLAConfig:
     """A vision-language-action model of OpenVLA's architecture (Kim et al., arXiv 2406.09246).
 
@@ -201,7 +218,8 @@ class VLAConfig:
     cameras: names in `Observation.images`; their visual tokens follow one another in this order.
     vocab_padding: rows of the vocabulary that only fill it up; the action tokens are the last `action_bins` ids below.
     decoding: see `DECODING`.  chunk: actions of one answer; more than one is decoded in one pass.
-    head: see `HEADS`. With "regression" one slot with an embedding of its own stands for a whole action (our choice).
+    head: see `HEADS`. Without tokens one slot with an embedding of its own stands for a whole action (our choice).
+    diffusion: of head "diffusion"; a mapping of its fields will do.
     execute: actions of a chunk that are carried out before the model looks again.
     proprio: names in `Observation.proprio`; together they are one more token behind the visual ones.
     proprio_statistics: what brings their numbers to [-1, 1].
@@ -219,6 +237,7 @@ class VLAConfig:
     decoding: str = "causal"
     chunk: int = 1
     head: str = "tokens"
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     execute: int = 1
     proprio: tuple[str, ...] = ()
     proprio_statistics: ActionStatistics | None = None
@@ -231,6 +250,8 @@ class VLAConfig:
         object.__setattr__(self, "towers", tuple(self.towers))
         object.__setattr__(self, "cameras", tuple(self.cameras))
         object.__setattr__(self, "proprio", tuple(self.proprio))
+        if isinstance(self.diffusion, Mapping):
+            object.__setattr__(self, "diffusion", DiffusionConfig(**self.diffusion))
         if not 1 <= len(self.towers) <= 2:
             raise PolicyError(f"VLAConfig.towers has {len(self.towers)}: it must be one or two")
         if len({tower.image_size for tower in self.towers}) > 1:
@@ -249,8 +270,8 @@ class VLAConfig:
         check_choice(self, {"decoding": DECODING, "gripper": GRIPPERS, "head": HEADS})
         if self.chunk > 1 and self.decoding == "causal":
             raise PolicyError(f"VLAConfig.chunk is {self.chunk}: more than one action needs decoding 'slots' or 'full'")
-        if self.head == "regression" and self.decoding != "slots":
-            raise PolicyError(f"VLAConfig.head is 'regression' and decoding {self.decoding!r}: it must be 'slots'")
+        if self.head != "tokens" and self.decoding != "slots":
+            raise PolicyError(f"VLAConfig.head is '{self.head}' and decoding {self.decoding!r}: it must be 'slots'")
         check_sizes(self, {"execute": (1, self.chunk)})
         if bool(self.proprio) != (self.proprio_statistics is not None):
             raise PolicyError(
@@ -279,8 +300,8 @@ class VLAConfig:
 
     @property
     def action_tokens(self) -> int:
-        """Positions that one answer takes: one for each number, or with head "regression" one for each action."""
-        return self.chunk if self.head == "regression" else self.action_dim * self.chunk
+        """Positions that one answer takes: one for each number with head "tokens", else one for each action."""
+        return self.action_dim * self.chunk if self.head == "tokens" else self.chunk
 
 
 # Of the published preprocessor_config.json: ImageNet's had passed through bfloat16.

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from mllm.compress import ATTENTIVE, CompressConfig
 from mllm.config import DecoderConfig, VLAConfig
 from mllm.convvit import ConvViT
+from mllm.diffusion.head import DiffusionHead
 from mllm.generate import CAPACITY_STEP
 from mllm.kernels import matrix_weights
 from mllm.vision import patch_count
@@ -64,6 +65,8 @@ def step_flops(
         length, last, head_rows = prompt + answer + stop, answer + 2 * stop, answer
     ids = config.action_bins if restricted else decoder.vocab_size
     head = 2 * decoder.hidden_size * ids if model.action_head is None else _weights(model.action_head)
+    if isinstance(model.action_head, DiffusionHead):
+        head_rows, head = model.action_head.schedule.steps, _weights(model.action_head.denoiser)
     prefill = head_rows * head + (_weights(proprio) if proprio is not None else 0)
     prefill += prefill_flops(decoder, length, tokens, compress, last)
     decode = 0

@@ -160,7 +160,7 @@ class ActionDecoder:
     @torch.inference_mode()
     def decode(self, first: Tensor) -> Tensor:
         """What `prefill` returned. Returns all tokens, (B, action tokens), in the order of the action's numbers; with
-        head "regression" the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.
+        another head than "tokens" the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.
         """
         return first if first.shape[1] == self.config.action_tokens or self._loop is None else self._loop(first)
 

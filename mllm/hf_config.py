@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.actions import ActionStatistics
-from mllm.config import BACKBONES, DecoderConfig, ImageConfig, TowerConfig, VLAConfig, published_towers
+from mllm.config import BACKBONES, DecoderConfig, DiffusionConfig, ImageConfig, TowerConfig, VLAConfig, published_towers
 from mllm.errors import PolicyError
 
 MAX_JSON = 16 << 20
@@ -26,7 +26,7 @@ FIXED = {
     "rope_scaling": None,
 }
 PLAIN = ("action_dim", "decoding", "chunk", "head", "execute", "gripper")
-OWN = ("towers", "cameras", "vocab_padding", "proprio", "proprio_statistics", "render", "images", *PLAIN)
+OWN = ("towers", "cameras", "vocab_padding", "proprio", "proprio_statistics", "render", "images", "diffusion", *PLAIN)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,6 +86,8 @@ def config_from_hf(config: Mapping[str, Any], where: str = "config.json") -> VLA
         given["render"] = render
     if "images" in own:
         given["images"] = _build(ImageConfig, part(own, "images", dict, where), where)
+    if "diffusion" in own:
+        given["diffusion"] = _build(DiffusionConfig, part(own, "diffusion", dict, where), where)
     towers = (
         tuple(_build(TowerConfig, tower, where) for tower in part(own, "towers", list, where))
         if "towers" in own
@@ -191,6 +193,7 @@ def config_to_hf(config: VLAConfig) -> dict[str, Any]:
             "proprio_statistics": config.proprio_statistics and config.proprio_statistics.to_json(),
             "render": dict(config.render),
             "images": asdict(config.images),
+            **({"diffusion": asdict(config.diffusion)} if config.head == "diffusion" else {}),
             **{key: getattr(config, key) for key in PLAIN},
         },
     }

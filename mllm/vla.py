@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm.config import VLAConfig
 from mllm.decoder import LanguageModel, TokenHook
+from mllm.diffusion.head import DiffusionHead
 from mllm.errors import PolicyError
 from mllm.vision import Projector, VisionBackbone
 
@@ -59,9 +60,12 @@ class VLA(nn.Module):
         self.language_model = LanguageModel(config.decoder)
         hidden, numbers = config.decoder.hidden_size, config.proprio_statistics
         self.proprio_projector = ProprioProjector(len(numbers.low), hidden) if numbers is not None else None
-        regression = config.head == "regression"
-        self.action_slots = nn.Parameter(torch.empty(config.chunk, hidden)) if regression else None
-        self.action_head = ActionHead(hidden, config.action_dim) if regression else None
+        self.action_slots = None if config.head == "tokens" else nn.Parameter(torch.empty(config.chunk, hidden))
+        self.action_head: ActionHead | DiffusionHead | None = None
+        if config.head == "regression":
+            self.action_head = ActionHead(hidden, config.action_dim)
+        elif config.head == "diffusion":
+            self.action_head = DiffusionHead(hidden, config.chunk, config.action_dim, config.diffusion)
 
     @property
     def device(self) -> torch.device:

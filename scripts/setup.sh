@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=ros,sim,vla,serve,data,train,eval,test
+EXTRAS=ros,sim,vla,serve,data,train,eval,experiment,test
 TORCH=2.13.0
 APT_PACKAGES="libosmesa6 libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgles2 libglib2.0-0"
 LIBRARIES="libOSMesa.so libEGL.so.1 libGL.so.1 libGLESv2.so.2 libglib-2.0.so.0"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.actions import ActionTokens, gripper_from_command
+from mllm.diffusion.head import DiffusionHead
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch
 from mllm.vla import VLA
@@ -19,7 +20,8 @@ class Learner(nn.Module):
     """forward(batch, generator) -> losses by name; "loss" is what to descend.
 
     Where the model answers with numbers the main loss is their L1 distance (OpenVLA-OFT, arXiv 2502.19645); where it
-    answers with tokens, the cross-entropy against the label's bin and its neighbours.
+    draws them from noise, the squared error of the noise (DDPM, arXiv 2006.11239); where it answers with tokens, the
+    cross-entropy against the label's bin and its neighbours.
     """
 
     def __init__(self, model: VLA, config: TrainConfig, phases: int) -> None:
@@ -77,7 +79,14 @@ class Learner(nn.Module):
             prompt = model.prompt(visual, batch.texts, self.proprio(batch, generator))
             if model.action_head is not None:
                 hidden = model.one_pass(*prompt)
-                answer = model.action_head(hidden)
+                if isinstance(model.action_head, DiffusionHead):
+                    drawn = np.random.default_rng(0) if generator is None else generator
+                    descended = model.action_head.loss(hidden, actions, drawn)
+                    with torch.no_grad():
+                        answer = model.action_head(hidden.detach())
+                else:
+                    answer = model.action_head(hidden)
+                    descended = (answer.float() - actions).abs()
             else:
                 ids = torch.from_numpy(self.tokens.encode(actions.cpu().numpy())).to(device)
                 if model.config.decoding == "causal":
@@ -89,7 +98,7 @@ class Learner(nn.Module):
         answer = answer.float()
         if model.action_head is not None:
             error = (answer - actions).abs()
-            action_loss = weighted(error, known, self.weights)  # type: ignore[arg-type]
+            action_loss = weighted(descended, known, self.weights)  # type: ignore[arg-type]
         else:
             bins = ids - model.config.action_ids[0]
             entropy = -(self.soft[bins.flatten(1)] * F.log_softmax(answer, -1)).sum(-1)  # type: ignore[index]

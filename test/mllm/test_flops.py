@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from mllm.actions import ActionStatistics  # noqa: E402
 from mllm.compress import METHODS, CompressConfig, Compressor  # noqa: E402
-from mllm.config import DINOV2, SIGLIP, DecoderConfig, TowerConfig, VLAConfig, named_config  # noqa: E402
+from mllm.config import DINOV2, SIGLIP, DecoderConfig, DiffusionConfig, TowerConfig, VLAConfig, named_config  # noqa: E402
 from mllm.flops import counted, eigen_flops, step_flops, visual_flops  # noqa: E402
 from mllm.generate import ActionDecoder, compressor  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
@@ -21,6 +21,7 @@ MODELS = {
     "causal": MINI,
     "tokens in one pass": replace(MINI, decoding="slots", chunk=2),
     "regression": replace(MINI, decoding="slots", head="regression", chunk=8, **PROPRIO),
+    "diffusion": replace(MINI, decoding="slots", head="diffusion", chunk=2, diffusion=DiffusionConfig(50, 3, 32, 2)),
     "two timm towers, grouped heads, all see all": VLAConfig(
         (TowerConfig(DINOV2, 84, width=32, depth=3, heads=2), TowerConfig(SIGLIP, 84, width=48, depth=4, heads=3)),
         DecoderConfig(96, 160, 4, 6, 2, 600, max_position_embeddings=96),

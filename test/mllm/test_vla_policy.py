@@ -316,6 +316,7 @@ def test_a_chunked_checkpoint_says_all_that_it_was_trained_with(chunked, tmp_pat
     ("change", "message"),
     [
         ({"head": "regression", "decoding": "full"}, "it must be 'slots'"),
+        ({"head": "diffusion"}, "it must be 'slots'"),
         ({"decoding": "slots", "chunk": 4, "execute": 5}, "execute is 5"),
         ({"proprio": ("eef_pos",)}, "one needs the other"),
     ],

@@ -1,0 +1,1 @@
+"""Small diffusion models and what quantising costs them. May import `mllm`."""
