@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant import native, ops
 from quant.errors import QuantError
 from quant.formats import FloatFormat, codes_of, integers, round_to_grid
-from quant.tiles import CHANNELS, tile, untile
+from quant.tiles import CHANNELS, LARGEST, split, tile, untile
 
 INT32 = torch.iinfo(torch.int32).max
 
@@ -85,12 +86,13 @@ class PackedLinear(nn.Module):
         _check(codes, formats, choice, scale, bias)
         self.out_features, self.in_features = codes.shape
         self.formats, self.activation = tuple(formats), activation
-        whole = _tables(self.formats).to(codes.device)[choice.long()[:, None], codes.long()]
-        largest = int(whole.abs().max()) if whole.numel() else 0
-        if max(format.bits for format in formats) <= 4:
+        tables = _tables(self.formats).to(codes.device)
+        whole = tables[choice.long()[:, None], codes.long()]
+        looked_up = max(format.bits for format in formats) <= 4
+        if looked_up:
             self.register_buffer("tiles", tile(codes))
-        elif largest <= torch.iinfo(torch.int16).max:
-            self.register_buffer("tiles", tile(whole.to(torch.int8 if largest <= 127 else torch.int16)))
+        elif not whole.numel() or int(whole.abs().max()) <= LARGEST:
+            self.register_buffer("tiles", tile(split(whole)))
         else:
             # Formats of 8 bits have at most 7 significant bits: this holds their integers exactly.
             self.register_buffer("tiles", whole.to(torch.bfloat16))
@@ -99,13 +101,17 @@ class PackedLinear(nn.Module):
         self.register_buffer("choice", F.pad(choice.to(torch.uint8), (0, short)))
         self.register_buffer("scale", F.pad(scale.float(), (0, short)))
         self.register_buffer("bias", None if bias is None else F.pad(bias.float(), (0, short)))
+        table = F.pad(tables, (0, 16 - tables.shape[1])).to(torch.int8) if looked_up else None
+        self.register_buffer("table", table, persistent=False)
         self.register_buffer("sums", F.pad(sums if self.tiles.dtype is torch.bfloat16 else sums.int(), (0, short)))
         self._limit(whole)
 
     def _limit(self, whole: Tensor) -> None:
-        """Sets `exact`: whether no sum can leave the int32 in which kernels add."""
+        """Sets `exact`: whether no sum can leave the int32 in which kernels add; and `largest`, of a tile's bytes."""
         longest = int(whole.abs().sum(1).max()) if whole.numel() else 0
         self.exact = self.activation is not None and longest * self.activation.format.largest <= INT32
+        held = whole if self.tiles.dtype is torch.uint8 else self.tiles.int()
+        self.largest = int(held.abs().max()) if held.numel() else 0
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
@@ -121,7 +127,7 @@ class PackedLinear(nn.Module):
         values = untile(self.tiles, shape).long()
         if self.tiles.dtype is torch.uint8:
             return _tables(self.formats).to(values.device)[self.choice[: shape[0], None].long(), values]
-        return values
+        return sum(plane << 8 * place for place, plane in enumerate(values))
 
     def codes(self) -> Tensor:
         """(N, K) uint8: the codes that the layer was made of, but for that of negative zero, which becomes zero."""
@@ -140,7 +146,36 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise QuantError("a packed layer has no gradient: use torch.no_grad, or train by quant.formats.quantise")
-        return self.reference(x)
+        activation = self.activation
+        if activation is None or not self.native(x.device):
+            return self.reference(x)
+        grid = activation.format
+        return ops.packed_linear(
+            x,
+            self.tiles,
+            self.table,
+            self.choice,
+            self.scale,
+            self.bias,
+            self.sums,
+            self.out_features,
+            self.largest,
+            activation.scale,
+            activation.zero,
+            grid.mantissa,
+            grid.largest,
+            grid.signed,
+        )
+
+    def native(self, device: torch.device) -> bool:
+        """Whether kernels compute the layer on a device: they are built, and add in int32 what fits there."""
+        return (
+            device.type == "cpu"
+            and self.exact
+            and self.tiles.dtype is not torch.bfloat16
+            and self.scale.dtype is torch.float32
+            and native.library() is not None
+        )
 
     def reference(self, x: Tensor) -> Tensor:
         """`forward` in plain torch on any device, exact up to sums of 2^53."""

@@ -1,0 +1,76 @@
+"""What packed layers compute, as operators of torch: so graphs that torch traces or compiles contain them whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant import native
+
+# Multiplications that are worth a thread of their own: some 20 microseconds.
+WORTH_A_THREAD = 1 << 20
+
+_LIBRARY = torch.library.Library("flashvla", "DEF")
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor tiles, Tensor? table, Tensor choice, Tensor scale, Tensor? bias, Tensor sums, "
+    "int channels, int largest, float step, float zero, int mantissa, int limit, bool signed) -> Tensor"
+)
+packed_linear = torch.ops.flashvla.packed_linear.default
+
+
+def _compute(
+    x: Tensor,
+    tiles: Tensor,
+    table: Tensor | None,
+    choice: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sums: Tensor,
+    channels: int,
+    largest: int,
+    step: float,
+    zero: float,
+    mantissa: int,
+    limit: int,
+    signed: bool,
+) -> Tensor:
+    """`PackedLinear` on the processor; the arguments are its buffers, and its grid of inputs."""
+    inputs = x.shape[-1]
+    given = x.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    y = torch.empty((*x.shape[:-1], channels), dtype=torch.float32)
+    rows = y.numel() // channels if channels else 0
+    threads = max(1, min(torch.get_num_threads(), rows * inputs * channels // WORTH_A_THREAD))
+    native.run(
+        native.Layer(
+            tiles.data_ptr(),
+            None if table is None else table.data_ptr(),
+            choice.data_ptr(),
+            scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            sums.data_ptr(),
+            channels,
+            inputs,
+            1 if table is not None else len(tiles),
+            largest,
+            step,
+            zero,
+            mantissa,
+            limit,
+            signed,
+            given.data_ptr(),
+            y.data_ptr(),
+            rows,
+        ),
+        threads,
+    )
+    return y.to(x.dtype)
+
+
+def _shape(x: Tensor, tiles: Tensor, *rest: object) -> Tensor:
+    channels = rest[5]
+    assert isinstance(channels, int | torch.SymInt)
+    return x.new_empty((*x.shape[:-1], channels))
+
+
+_LIBRARY.impl("packed_linear", _compute, "CPU")
+_LIBRARY.impl("packed_linear", _shape, "Meta")
