@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from quant import native
+from quant.errors import QuantError
+from quant.tiles import CHANNELS, INPUTS, LANE
 
 # Multiplications that are worth a thread of their own: some 20 microseconds.
 WORTH_A_THREAD = 1 << 20
@@ -15,7 +20,12 @@ _LIBRARY.define(
     "packed_linear(Tensor x, Tensor tiles, Tensor? table, Tensor choice, Tensor scale, Tensor? bias, Tensor sums, "
     "int channels, int largest, float step, float zero, int mantissa, int limit, bool signed) -> Tensor"
 )
-packed_linear = torch.ops.flashvla.packed_linear.default
+
+
+def packed_linear(x: Tensor, *layer: Any) -> Tensor:
+    """`_compute`, as an operator where torch looks on; else directly, for the way there takes as long as small layers."""
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
+    return torch.ops.flashvla.packed_linear(x, *layer) if watched else _compute(x, *layer)
 
 
 def _compute(
@@ -35,8 +45,11 @@ def _compute(
     signed: bool,
 ) -> Tensor:
     """`PackedLinear` on the processor; the arguments are its buffers, and its grid of inputs."""
-    inputs = x.shape[-1]
-    given = x.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    inputs, blocks = x.shape[-1], -(-channels // CHANNELS)
+    shape = (blocks, -(-inputs // INPUTS) * (1 if table is not None else INPUTS // LANE), 4, 4, LANE)
+    if tiles.shape[-5:] != shape or any(len(each) != blocks * CHANNELS for each in (choice, scale, sums)):
+        raise QuantError(f"tiles of shape {tuple(tiles.shape)} are not of {channels} channels and {inputs} inputs")
+    given = x.float().contiguous()
     y = torch.empty((*x.shape[:-1], channels), dtype=torch.float32)
     rows = y.numel() // channels if channels else 0
     threads = max(1, min(torch.get_num_threads(), rows * inputs * channels // WORTH_A_THREAD))

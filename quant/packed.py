@@ -146,34 +146,36 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise QuantError("a packed layer has no gradient: use torch.no_grad, or train by quant.formats.quantise")
-        activation = self.activation
-        if activation is None or not self.native(x.device):
+        if x.shape[-1:] != (self.in_features,):
+            raise QuantError(f"inputs have shape {tuple(x.shape)}: the layer takes (..., {self.in_features})")
+        if not self.native(x.device):
             return self.reference(x)
-        grid = activation.format
+        grid, held = self.activation, self._buffers  # attributes of a module take longer than a small layer's kernel
         return ops.packed_linear(
             x,
-            self.tiles,
-            self.table,
-            self.choice,
-            self.scale,
-            self.bias,
-            self.sums,
+            held["tiles"],
+            held["table"],
+            held["choice"],
+            held["scale"],
+            held["bias"],
+            held["sums"],
             self.out_features,
             self.largest,
-            activation.scale,
-            activation.zero,
-            grid.mantissa,
-            grid.largest,
-            grid.signed,
+            grid.scale,
+            grid.zero,
+            grid.format.mantissa,
+            grid.format.largest,
+            grid.format.signed,
         )
 
     def native(self, device: torch.device) -> bool:
-        """Whether kernels compute the layer on a device: they are built, and add in int32 what fits there."""
+        """Whether kernels compute the layer for inputs on a device: they are built, and their int32 sums are exact."""
+        held = self._buffers
         return (
-            device.type == "cpu"
-            and self.exact
-            and self.tiles.dtype is not torch.bfloat16
-            and self.scale.dtype is torch.float32
+            self.exact
+            and device.type == "cpu"
+            and held["tiles"].dtype is not torch.bfloat16
+            and held["scale"].dtype is torch.float32
             and native.library() is not None
         )
 

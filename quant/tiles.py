@@ -19,21 +19,23 @@ from torch import Tensor
 CHANNELS = 16
 INPUTS = 32
 LANE = 16
-LARGEST = 127 * 256 + 127
+LARGEST = 127 * (1 + 256 + 65536)
 
 
 def split(whole: Tensor) -> Tensor:
     """whole: (N, K), integers of at most LARGEST, either way. Returns (planes, N, K) int8; plane p counts 256^p.
 
-    There is one plane if no integer is larger than 127, and two otherwise.
+    As few planes as hold the largest: one up to 127, two up to 32639, else three.
     """
-    low = ((whole + 128) & 255) - 128
-    high = (whole - low) >> 8
-    return torch.stack((low, high) if bool(high.any()) else (low,)).to(torch.int8)
+    planes = []
+    while not planes or bool(whole.any()):
+        planes.append(((whole + 128) & 255) - 128)
+        whole = (whole - planes[-1]) >> 8
+    return torch.stack(planes).to(torch.int8)
 
 
 def tile(values: Tensor) -> Tensor:
-    """values: (..., N, K), int8; uint8 is codes of 4 bits. Returns their tiles, after the same leading axes; see above."""
+    """values: (..., N, K), int8; uint8 is codes of 4 bits. Returns their tiles, after the same leading axes."""
     values = F.pad(values, (0, -values.shape[-1] % INPUTS, 0, -values.shape[-2] % CHANNELS))
     inputs = INPUTS if values.dtype is torch.uint8 else LANE
     blocks, lanes = values.shape[-2] // CHANNELS, values.shape[-1] // inputs

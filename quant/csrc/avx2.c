@@ -11,7 +11,7 @@
 #define SATURATES 1
 #define VECTOR __m256i
 #define SIZE 32
-#define GROUP 3
+#define GROUP 2
 #define V(operation) V_(operation)
 #define V_(operation) _mm256_##operation
 #define LOAD loadu_si256

@@ -75,7 +75,7 @@ TARGET static void finish(const Layer *layer, const Grid *grid, int64_t block, i
     const int64_t left = layer->channels - channel, count = left < CHANNELS ? left : CHANNELS;
     const float step = (float)layer->step, zero = (float)layer->zero;
     float factor[CHANNELS], offset[CHANNELS], y[CHANNELS];
-    uint32_t lifted[CHANNELS];
+    uint32_t lifted[CHANNELS], total[CHANNELS];
     for (int c = 0; c < CHANNELS; c++) {
         const float scale = layer->scale[channel + c];
         const int32_t sum = layer->sums[channel + c];
@@ -83,17 +83,19 @@ TARGET static void finish(const Layer *layer, const Grid *grid, int64_t block, i
         offset[c] = scale * zero * (float)sum + (layer->bias ? layer->bias[channel + c] : 0.0f);
         lifted[c] = (uint32_t)grid->lift * (uint32_t)sum;
     }
-    for (int64_t r = 0; r < rows; r++, sums += grid->digits * CHANNELS) {
-        for (int c = 0; c < CHANNELS; c++) {
-            // Modulo 2^32, in which the sum itself fits.
-            uint32_t total = sums[c];
-            for (int digit = 1; digit < grid->digits; digit++)
-                total += sums[digit * CHANNELS + c] << (digit * grid->base);
-            y[c] = (float)(int32_t)(total - lifted[c]) * factor[c] + offset[c];
+    for (int64_t r = row; r < row + rows; r++) {
+        // Modulo 2^32, in which the sum itself fits.
+        for (int c = 0; c < CHANNELS; c++) total[c] = -lifted[c];
+        for (int digit = 0; digit < grid->digits; digit++, sums += CHANNELS) {
+            const int shift = digit * grid->base;
+            for (int c = 0; c < CHANNELS; c++) total[c] += sums[c] << shift;
         }
-        if (grid->broken[row + r])
+        for (int c = 0; c < CHANNELS; c++) y[c] = (float)(int32_t)total[c] * factor[c] + offset[c];
+        if (grid->broken[r])
             for (int c = 0; c < CHANNELS; c++) y[c] = NAN;
-        memcpy(layer->y + (row + r) * layer->channels + channel, y, count * sizeof *y);
+        float *out = layer->y + r * layer->channels + channel;
+        if (count == CHANNELS) memcpy(out, y, sizeof y);
+        else memcpy(out, y, count * sizeof *y);
     }
 }
 

@@ -5,6 +5,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+// Where a sum changes in every round of a loop, this tells gcc to keep it in a register, which it does not always see.
+#define HOLD(vector) __asm__("" : "+v"(vector))
+
 enum { PARTS = 64 / SIZE };
 
 TARGET INLINE VECTOR load(const void *bytes) { return V(LOAD)((const VECTOR *)bytes); }
@@ -95,6 +98,8 @@ TARGET INLINE void group(const int8_t *weights, const uint8_t *inputs, int64_t w
 #pragma GCC unroll 4
                     for (int v = 0; v < 4; v++) brief[line][v] = gather(brief[line][v], lane, weight[v]);
                 }
+#pragma GCC unroll 24
+                for (int j = 0; j < 4 * count; j++) HOLD(brief[j / 4][j % 4]);
             }
 #pragma GCC unroll 24
             for (int j = 0; j < 4 * count; j++) total[j / 4][j % 4] = fold(total[j / 4][j % 4], brief[j / 4][j % 4]);
@@ -108,8 +113,9 @@ TARGET static void several(const int8_t *weights, const uint8_t *inputs, int64_t
     for (; count > 0; count -= GROUP, inputs += GROUP * width, sums += GROUP * CHANNELS)
         switch (count) {
             case 1: group(weights, inputs, width, 1, depth, shift, run, sums); break;
+#if GROUP > 2
             case 2: group(weights, inputs, width, 2, depth, shift, run, sums); break;
-#if GROUP > 3
+
             case 3: group(weights, inputs, width, 3, depth, shift, run, sums); break;
             case 4: group(weights, inputs, width, 4, depth, shift, run, sums); break;
             case 5: group(weights, inputs, width, 5, depth, shift, run, sums); break;
