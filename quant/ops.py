@@ -23,7 +23,7 @@ _LIBRARY.define(
 
 
 def packed_linear(x: Tensor, *layer: Any) -> Tensor:
-    """`_compute`, as an operator where torch looks on; else directly, for the way there takes as long as small layers."""
+    """`_compute`, as an operator where torch looks on; else directly: the way there takes as long as small layers."""
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
     return torch.ops.flashvla.packed_linear(x, *layer) if watched else _compute(x, *layer)
 
