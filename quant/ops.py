@@ -44,7 +44,7 @@ def _compute(
     limit: int,
     signed: bool,
 ) -> Tensor:
-    """`PackedLinear` on the processor; the arguments are its buffers, and its grid of inputs."""
+    """`PackedLinear` on the processor. The arguments are its buffers and its grid of inputs; a step of 0: one a row."""
     inputs, blocks = x.shape[-1], -(-channels // CHANNELS)
     shape = (blocks, -(-inputs // INPUTS) * (1 if table is not None else INPUTS // LANE), 4, 4, LANE)
     if tiles.shape[-5:] != shape or any(len(each) != blocks * CHANNELS for each in (choice, scale, sums)):

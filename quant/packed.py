@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from quant.errors import QuantError
 from quant.formats import FloatFormat, codes_of, integers, round_to_grid
 from quant.tiles import CHANNELS, LARGEST, split, tile, untile
 
-INT32 = torch.iinfo(torch.int32).max
+INT24, INT32 = (1 << 23) - 1, torch.iinfo(torch.int32).max
+
+# Scale, zero, mantissa, largest and sign of the grid that each row of inputs has without `Activation`. The scale is for
+# kernels to choose, a power of two for each row.
+OWN_GRID = (0.0, 0.0, 22, (1 << 22) - 1, True)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Activation:
         reach = self.scale * self.format.largest
         return self.zero if not self.format.signed else -reach, self.zero + reach
 
+    @cached_property
+    def grid(self) -> tuple[float, float, int, int, bool]:
+        """Scale, zero, mantissa, largest and sign, as kernels take them."""
+        return self.scale, self.zero, self.format.mantissa, self.format.largest, self.format.signed
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers of x, float32 of its shape: what `quant.formats.quantise` multiplies by the scale."""
         scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))
@@ -56,7 +66,8 @@ class PackedLinear(nn.Module):
 
     q_x, s_x, z: integers, scale and zero point of the inputs. The sum is exact in whole numbers, and the rest float32,
     each operation rounded, so that every implementation gives the same bits. A row of x with a NaN gives NaN; what lies
-    beyond the grid, infinity too, becomes its end. Without `activation` x is not quantised, and the sum is float32.
+    beyond the grid, infinity too, becomes its end. Without `activation` x is not quantised, and the sum is float32; the
+    kernels keep x to 2^-22 of its row's largest number, and then a row with an infinity gives NaN too (our choice).
 
     codes: (N, K) uint8.
     formats: one or more signed ones; choice: (N,) which of them is each channel's.
@@ -107,9 +118,10 @@ class PackedLinear(nn.Module):
         self._limit(whole)
 
     def _limit(self, whole: Tensor) -> None:
-        """Sets `exact`: whether no sum can leave the int32 in which kernels add; and `largest`, of a tile's bytes."""
+        """Sets `exact`: whether no input leaves int24 and no sum int32, as kernels need; and `largest`, of a tile's bytes."""
         longest = int(whole.abs().sum(1).max()) if whole.numel() else 0
-        self.exact = self.activation is not None and longest * self.activation.format.largest <= INT32
+        largest = self.activation.format.largest if self.activation else 255
+        self.exact = largest <= INT24 and longest * largest <= INT32
         held = whole if self.tiles.dtype is torch.uint8 else self.tiles.int()
         self.largest = int(held.abs().max()) if held.numel() else 0
 
@@ -150,7 +162,7 @@ class PackedLinear(nn.Module):
             raise QuantError(f"inputs have shape {tuple(x.shape)}: the layer takes (..., {self.in_features})")
         if not self.native(x.device):
             return self.reference(x)
-        grid, held = self.activation, self._buffers  # attributes of a module take longer than a small layer's kernel
+        held = self._buffers  # attributes of a module take longer than the kernel of a small layer
         return ops.packed_linear(
             x,
             held["tiles"],
@@ -161,16 +173,12 @@ class PackedLinear(nn.Module):
             held["sums"],
             self.out_features,
             self.largest,
-            grid.scale,
-            grid.zero,
-            grid.format.mantissa,
-            grid.format.largest,
-            grid.format.signed,
+            *(self.activation.grid if self.activation else OWN_GRID),
         )
 
     def native(self, device: torch.device) -> bool:
         """Whether kernels compute the layer for inputs on a device: they are built, and their int32 sums are exact."""
-        held = self._buffers
+        held: dict[str, Any] = self._buffers
         return (
             self.exact
             and device.type == "cpu"

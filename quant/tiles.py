@@ -27,7 +27,7 @@ def split(whole: Tensor) -> Tensor:
 
     As few planes as hold the largest: one up to 127, two up to 32639, else three.
     """
-    planes = []
+    planes: list[Tensor] = []
     while not planes or bool(whole.any()):
         planes.append(((whole + 128) & 255) - 128)
         whole = (whole - planes[-1]) >> 8

@@ -12,6 +12,9 @@ enum {
     PIECE = 256,   // inputs that are quantised at a time
 };
 
+// 1.5 * 2^23: adding it rounds to a whole number, ties to even.
+static const float MAGIC = 12582912.0f;
+
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -25,13 +28,11 @@ static inline float float_of(uint32_t bits) {
 }
 
 // x: count inputs of a row, PIECE at most. Writes their raised integers; returns whether one is NaN.
-TARGET static int integers(const Layer *layer, const Grid *grid, const float *x, int64_t count, uint32_t *whole) {
-    const float step = (float)layer->step, zero = (float)layer->zero;
+TARGET static int integers(const Layer *layer, int32_t lift, float step, const float *x, int64_t count, uint32_t *whole) {
+    const float zero = (float)layer->zero;
     const float high = (float)layer->limit, low = layer->is_signed ? -high : 0.0f;
     const uint32_t smallest = bits_of((float)(1 << layer->mantissa));
     const uint32_t shift = (uint32_t)layer->mantissa << 23;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, ties to even
-    const int32_t lift = grid->lift;
     int broken = 0;
     for (int64_t k = 0; k < count; k++) {
         float ratio = (x[k] - zero) / step;
@@ -41,10 +42,21 @@ TARGET static int integers(const Layer *layer, const Grid *grid, const float *x,
         uint32_t power = bits_of(ratio) & 0x7F800000;
         power = (power > smallest ? power : smallest) - shift;
         const float unit = float_of(power), inverse = float_of(0x7F000000 - power);
-        const float count_of_units = (ratio * inverse + magic) - magic;
+        const float count_of_units = (ratio * inverse + MAGIC) - MAGIC;
         whole[k] = (uint32_t)((int32_t)(count_of_units * unit) + lift);
     }
     return broken;
+}
+
+// A power of two in which no input of a row is more than 2^22; NaN if one is NaN or infinite.
+TARGET static float own_step(const float *x, int64_t count) {
+    uint32_t largest = 25u << 23;
+    for (int64_t k = 0; k < count; k++) {
+        const uint32_t size = bits_of(x[k]) & 0x7FFFFFFF;
+        largest = size > largest ? size : largest;
+    }
+    const uint32_t power = largest & 0x7F800000;
+    return power == 0x7F800000 ? NAN : float_of(power - (21u << 23));
 }
 
 TARGET static void quantise(const Layer *layer, const Grid *grid, int64_t first, int64_t last) {
@@ -53,10 +65,11 @@ TARGET static void quantise(const Layer *layer, const Grid *grid, int64_t first,
     for (int64_t row = first; row < last; row++) {
         const float *x = layer->x + row * layer->inputs;
         uint8_t *line = grid->lines + row * grid->digits * grid->width;
+        const float step = layer->step ? (float)layer->step : own_step(x, layer->inputs);
         int broken = 0;
         for (int64_t k = 0; k < layer->inputs; k += PIECE) {
             const int64_t count = layer->inputs - k < PIECE ? layer->inputs - k : PIECE;
-            broken |= integers(layer, grid, x + k, count, whole);
+            broken |= integers(layer, grid->lift, step, x + k, count, whole);
             for (int digit = 0; digit < grid->digits; digit++) {
                 const int shift = digit * grid->base;
                 uint8_t *out = line + digit * grid->width + k;
@@ -65,7 +78,7 @@ TARGET static void quantise(const Layer *layer, const Grid *grid, int64_t first,
         }
         for (int digit = 0; digit < grid->digits; digit++)
             memset(line + digit * grid->width + layer->inputs, 0, grid->width - layer->inputs);
-        grid->broken[row] = (uint8_t)broken;
+        grid->steps[row] = broken ? NAN : step;
     }
 }
 
@@ -73,29 +86,33 @@ TARGET static void quantise(const Layer *layer, const Grid *grid, int64_t first,
 TARGET static void finish(const Layer *layer, const Grid *grid, int64_t block, int64_t row, int64_t rows, const uint32_t *sums) {
     const int64_t channel = block * CHANNELS;
     const int64_t left = layer->channels - channel, count = left < CHANNELS ? left : CHANNELS;
-    const float step = (float)layer->step, zero = (float)layer->zero;
-    float factor[CHANNELS], offset[CHANNELS], y[CHANNELS];
+    const float zero = (float)layer->zero;
+    float offset[CHANNELS], y[CHANNELS];
     uint32_t lifted[CHANNELS], total[CHANNELS];
+    const float *scale = layer->scale + channel;
+    const int32_t *weights = layer->sums + channel;
     for (int c = 0; c < CHANNELS; c++) {
-        const float scale = layer->scale[channel + c];
-        const int32_t sum = layer->sums[channel + c];
-        factor[c] = scale * step;
-        offset[c] = scale * zero * (float)sum + (layer->bias ? layer->bias[channel + c] : 0.0f);
-        lifted[c] = (uint32_t)grid->lift * (uint32_t)sum;
+        offset[c] = scale[c] * zero * (float)weights[c] + (layer->bias ? layer->bias[channel + c] : 0.0f);
+        lifted[c] = (uint32_t)grid->lift * (uint32_t)weights[c];
     }
-    for (int64_t r = row; r < row + rows; r++) {
-        // Modulo 2^32, in which the sum itself fits.
-        for (int c = 0; c < CHANNELS; c++) total[c] = -lifted[c];
-        for (int digit = 0; digit < grid->digits; digit++, sums += CHANNELS) {
-            const int shift = digit * grid->base;
-            for (int c = 0; c < CHANNELS; c++) total[c] += sums[c] << shift;
+    for (int64_t r = row; r < row + rows; r++, sums += grid->digits * CHANNELS) {
+        const float step = grid->steps[r];
+        if (layer->step) {
+            // Modulo 2^32, in which the sum itself fits.
+            for (int c = 0; c < CHANNELS; c++) total[c] = sums[c] - lifted[c];
+            for (int digit = 1; digit < grid->digits; digit++)
+                for (int c = 0; c < CHANNELS; c++) total[c] += sums[digit * CHANNELS + c] << digit * grid->base;
+            for (int c = 0; c < CHANNELS; c++) y[c] = (float)(int32_t)total[c] * (scale[c] * step) + offset[c];
+        } else {
+            // Each digit's sum fits in 32 bits, and all together in a double.
+            for (int c = 0; c < CHANNELS; c++) {
+                double whole = -(double)grid->lift * weights[c];
+                for (int digit = 0; digit < grid->digits; digit++)
+                    whole += (double)(1 << digit * grid->base) * (int32_t)sums[digit * CHANNELS + c];
+                y[c] = (float)whole * (scale[c] * step) + offset[c];
+            }
         }
-        for (int c = 0; c < CHANNELS; c++) y[c] = (float)(int32_t)total[c] * factor[c] + offset[c];
-        if (grid->broken[r])
-            for (int c = 0; c < CHANNELS; c++) y[c] = NAN;
-        float *out = layer->y + r * layer->channels + channel;
-        if (count == CHANNELS) memcpy(out, y, sizeof y);
-        else memcpy(out, y, count * sizeof *y);
+        memcpy(layer->y + r * layer->channels + channel, y, count * sizeof *y);
     }
 }
 
@@ -110,8 +127,7 @@ static void tables_of(const Layer *layer, int64_t block, int8_t *tables) {
 TARGET static void multiply(const Layer *layer, const Grid *grid, int64_t first, int64_t last) {
     _Alignas(64) int8_t tables[STEP], expanded[DEPTH * CHANNELS];
     _Alignas(64) uint32_t sums[LINES * CHANNELS];
-    const int64_t blocks = (layer->channels + CHANNELS - 1) / CHANNELS, lines = layer->rows * grid->digits;
-    const int64_t bytes = grid->width * CHANNELS / (layer->tables ? 2 : 1);  // of a block
+    const int64_t blocks = blocks_of(layer), bytes = block_bytes(layer), lines = layer->rows * grid->digits;
     for (int64_t block = first; block < last; block++) {
         if (layer->tables) tables_of(layer, block, tables);
         for (int64_t line = 0; line < lines; line += LINES) {

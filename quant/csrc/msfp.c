@@ -30,7 +30,7 @@ EXPORT int msfp_instructions(void) {
 
 // The narrowest digits among the fewest: narrow ones can be added in 16 bits for longer.
 static Grid grid_of(const Layer *layer, int saturates) {
-    Grid grid = {.width = (layer->inputs + 2 * LANE - 1) / (2 * LANE) * (2 * LANE)};
+    Grid grid = {.width = width_of(layer)};
     grid.lift = layer->is_signed ? (int)layer->limit : 0;
     const int64_t highest = layer->limit + grid.lift;
     int bits = 1;
@@ -47,11 +47,11 @@ static Grid grid_of(const Layer *layer, int saturates) {
 // Computes a layer with one of the sets of instructions, on so many threads. Returns 0, or 1 if there is no memory.
 EXPORT int msfp_linear(const Layer *layer, int instructions, int threads) {
     const Kernels *const chosen = kernels[instructions];
-    const int64_t blocks = (layer->channels + CHANNELS - 1) / CHANNELS, rows = layer->rows;
+    const int64_t blocks = blocks_of(layer), rows = layer->rows;
     Grid grid = grid_of(layer, chosen->saturates);
-    grid.lines = malloc(rows * (grid.digits * grid.width + 1) + 1);
-    if (!grid.lines) return 1;
-    grid.broken = grid.lines + rows * grid.digits * grid.width;
+    grid.steps = malloc(rows * (sizeof(float) + grid.digits * grid.width) + 1);
+    if (!grid.steps) return 1;
+    grid.lines = (uint8_t *)(grid.steps + rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
@@ -61,6 +61,6 @@ EXPORT int msfp_linear(const Layer *layer, int instructions, int threads) {
         for (int thread = 0; thread < threads; thread++)
             chosen->multiply(layer, &grid, blocks * thread / threads, blocks * (thread + 1) / threads);
     }
-    free(grid.lines);
+    free(grid.steps);
     return 0;
 }

@@ -22,7 +22,8 @@ typedef struct {
     int64_t channels, inputs, planes;
     int64_t largest;        // no weight of a plane is larger, either way
 
-    // Inputs: an integer of the grid is at most `limit`, and at least -limit if signed, else 0.
+    // Inputs: an integer of the grid is at most `limit`, and at least -limit if signed, else 0. If the step is 0 each row
+    // has one of its own.
     double step, zero;
     int64_t mantissa, limit, is_signed;
 
@@ -35,11 +36,21 @@ typedef struct {
 // d is line r * digits + d, `width` bytes long, of which the last are 0.
 typedef struct {
     uint8_t *lines;
-    uint8_t *broken;  // (rows), whether the row has a NaN
+    float *steps;     // (rows); NaN for a row that has a NaN, or an infinity on a grid of its own
     int64_t width;
     int64_t run;      // so many lanes' products, two by two, can be added in 16 bits
     int digits, base, lift;
 } Grid;
+
+static inline int64_t blocks_of(const Layer *layer) { return (layer->channels + CHANNELS - 1) / CHANNELS; }
+
+// Inputs of a tile's rows, with what pads them.
+static inline int64_t width_of(const Layer *layer) { return (layer->inputs + 2 * LANE - 1) / (2 * LANE) * (2 * LANE); }
+
+// Bytes of a block of 16 channels.
+static inline int64_t block_bytes(const Layer *layer) {
+    return width_of(layer) * CHANNELS / (layer->tables ? 2 : 1);
+}
 
 // One set of instructions: quantises rows of inputs; computes blocks of 16 channels for all rows.
 typedef struct {

@@ -156,3 +156,37 @@ def test_unknown_instructions_are_an_error_that_names_those_there_are():
     with pytest.raises(QuantError, match="'mmx': this processor has portable"), native.instructions("mmx"):
         pass
     assert native.chosen() == len(native.available()) - 1
+
+
+@given(
+    st.sampled_from(native.available()),
+    st.tuples(st.integers(1, 40), st.integers(1, 300) | st.integers(1000, 1100)),
+    st.integers(0, 8) | st.integers(90, 110),
+    st.sampled_from(WEIGHTS),
+    st.integers(-100, 100),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=30, deadline=None)
+def test_inputs_without_a_grid_are_kept_to_22_bits_of_their_rows_largest(name, shape, rows, weights, power, seed):
+    packed = layer(shape, weights, "E2M1", seed)
+    packed = PackedLinear(packed.codes(), packed.formats, packed.choice[: shape[0]], packed.scale[: shape[0]])
+    assert packed.native(torch.device("cpu"))
+    x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    with native.instructions(name):
+        y = packed(x)
+    weight = packed.weight().double()
+    bound = x.abs().amax(1, keepdim=True).double() * 2.0**-22 * weight.abs().sum(1)
+    exact = x.double() @ weight.T
+    assert bool(((y - exact).abs() <= bound + exact.abs() * 2.0**-22).all())
+    assert native.chosen() == len(native.available()) - 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_a_grid_a_row_that_is_not_finite_gives_nan_and_zeros_give_the_bias(value):
+    packed = layer((20, 40), WEIGHTS[0], "E2M1")
+    packed = PackedLinear(packed.codes(), packed.formats, packed.choice[:20], packed.scale[:20], torch.arange(20.0))
+    x = torch.zeros(3, 40)
+    x[1, 3] = value
+    y = packed(x)
+    assert y.isnan().all(1).tolist() == [False, True, False]
+    assert torch.equal(y[2], torch.arange(20.0))
