@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
         self._limit(whole)
 
     def _limit(self, whole: Tensor) -> None:
-        """Sets `exact`, that no input leaves int24 and no sum int32, as kernels need, and `largest`, of tiles' bytes."""
+        """Sets `exact`, that no input leaves int24 and no sum int32, for kernels; and `largest`, of tiles' bytes."""
         longest = int(whole.abs().sum(1).max()) if whole.numel() else 0
         largest = self.activation.format.largest if self.activation else 255
         self.exact = largest <= INT24 and longest * largest <= INT32
