@@ -2,9 +2,20 @@
 
 from glob import glob
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 PACKAGE = "flashvla_ros"
+
+# Without a C compiler the package is installed all the same, and packed layers are computed by torch.
+KERNELS = Extension(
+    "quant._msfp",
+    sources=sorted(glob("quant/csrc/*.c")),
+    depends=sorted(glob("quant/csrc/*.h")),
+    # Kernels give the bits of separate float32 operations.
+    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
 
 setup(
     name=PACKAGE,
@@ -71,6 +82,7 @@ setup(
             "replay = mllm.replay:ReplayPolicy",
         ],
     },
+    ext_modules=[KERNELS],
     package_data={"mllm": ["weights/*/*", "training/configs/*.yaml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),

@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant import native, ops
 from quant.errors import QuantError
 from quant.formats import FloatFormat, codes_of, integers, round_to_grid
-from quant.tiles import CHANNELS, tile, untile
+from quant.tiles import CHANNELS, LARGEST, split, tile, untile
 
-INT32 = torch.iinfo(torch.int32).max
+INT24, INT32 = (1 << 23) - 1, torch.iinfo(torch.int32).max
+
+# Scale, zero, mantissa, largest and sign of the grid that each row of inputs has without `Activation`. The scale is for
+# kernels to choose, a power of two for each row.
+OWN_GRID = (0.0, 0.0, 22, (1 << 22) - 1, True)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Activation:
         reach = self.scale * self.format.largest
         return self.zero if not self.format.signed else -reach, self.zero + reach
 
+    @cached_property
+    def grid(self) -> tuple[float, float, int, int, bool]:
+        """Scale, zero, mantissa, largest and sign, as kernels take them."""
+        return self.scale, self.zero, self.format.mantissa, self.format.largest, self.format.signed
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers of x, float32 of its shape: what `quant.formats.quantise` multiplies by the scale."""
         scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))
@@ -55,7 +66,8 @@ class PackedLinear(nn.Module):
 
     q_x, s_x, z: integers, scale and zero point of the inputs. The sum is exact in whole numbers, and the rest float32,
     each operation rounded, so that every implementation gives the same bits. A row of x with a NaN gives NaN; what lies
-    beyond the grid, infinity too, becomes its end. Without `activation` x is not quantised, and the sum is float32.
+    beyond the grid, infinity too, becomes its end. Without `activation` x is not quantised, and the sum is float32; the
+    kernels keep x to 2^-22 of its row's largest number, and then a row with an infinity gives NaN too (our choice).
 
     codes: (N, K) uint8.
     formats: one or more signed ones; choice: (N,) which of them is each channel's.
@@ -85,12 +97,13 @@ class PackedLinear(nn.Module):
         _check(codes, formats, choice, scale, bias)
         self.out_features, self.in_features = codes.shape
         self.formats, self.activation = tuple(formats), activation
-        whole = _tables(self.formats).to(codes.device)[choice.long()[:, None], codes.long()]
-        largest = int(whole.abs().max()) if whole.numel() else 0
-        if max(format.bits for format in formats) <= 4:
+        tables = _tables(self.formats).to(codes.device)
+        whole = tables[choice.long()[:, None], codes.long()]
+        looked_up = max(format.bits for format in formats) <= 4
+        if looked_up:
             self.register_buffer("tiles", tile(codes))
-        elif largest <= torch.iinfo(torch.int16).max:
-            self.register_buffer("tiles", tile(whole.to(torch.int8 if largest <= 127 else torch.int16)))
+        elif not whole.numel() or int(whole.abs().max()) <= LARGEST:
+            self.register_buffer("tiles", tile(split(whole)))
         else:
             # Formats of 8 bits have at most 7 significant bits: this holds their integers exactly.
             self.register_buffer("tiles", whole.to(torch.bfloat16))
@@ -99,13 +112,18 @@ class PackedLinear(nn.Module):
         self.register_buffer("choice", F.pad(choice.to(torch.uint8), (0, short)))
         self.register_buffer("scale", F.pad(scale.float(), (0, short)))
         self.register_buffer("bias", None if bias is None else F.pad(bias.float(), (0, short)))
+        table = F.pad(tables, (0, 16 - tables.shape[1])).to(torch.int8) if looked_up else None
+        self.register_buffer("table", table, persistent=False)
         self.register_buffer("sums", F.pad(sums if self.tiles.dtype is torch.bfloat16 else sums.int(), (0, short)))
         self._limit(whole)
 
     def _limit(self, whole: Tensor) -> None:
-        """Sets `exact`: whether no sum can leave the int32 in which kernels add."""
+        """Sets `exact`, that no input leaves int24 and no sum int32, for kernels; and `largest`, of tiles' bytes."""
         longest = int(whole.abs().sum(1).max()) if whole.numel() else 0
-        self.exact = self.activation is not None and longest * self.activation.format.largest <= INT32
+        largest = self.activation.format.largest if self.activation else 255
+        self.exact = largest <= INT24 and longest * largest <= INT32
+        held = whole if self.tiles.dtype is torch.uint8 else self.tiles.int()
+        self.largest = int(held.abs().max()) if held.numel() else 0
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state, prefix, *rest)
@@ -121,7 +139,7 @@ class PackedLinear(nn.Module):
         values = untile(self.tiles, shape).long()
         if self.tiles.dtype is torch.uint8:
             return _tables(self.formats).to(values.device)[self.choice[: shape[0], None].long(), values]
-        return values
+        return sum(plane << 8 * place for place, plane in enumerate(values))
 
     def codes(self) -> Tensor:
         """(N, K) uint8: the codes that the layer was made of, but for that of negative zero, which becomes zero."""
@@ -140,7 +158,34 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise QuantError("a packed layer has no gradient: use torch.no_grad, or train by quant.formats.quantise")
-        return self.reference(x)
+        if x.shape[-1:] != (self.in_features,):
+            raise QuantError(f"inputs have shape {tuple(x.shape)}: the layer takes (..., {self.in_features})")
+        if not self.native(x.device):
+            return self.reference(x)
+        held = self._buffers  # attributes of a module take longer than the kernel of a small layer
+        return ops.packed_linear(
+            x,
+            held["tiles"],
+            held["table"],
+            held["choice"],
+            held["scale"],
+            held["bias"],
+            held["sums"],
+            self.out_features,
+            self.largest,
+            *(self.activation.grid if self.activation else OWN_GRID),
+        )
+
+    def native(self, device: torch.device) -> bool:
+        """Whether kernels compute the layer for inputs on a device: they are built, and their int32 sums are exact."""
+        held: dict[str, Any] = self._buffers
+        return (
+            self.exact
+            and device.type == "cpu"
+            and held["tiles"].dtype is not torch.bfloat16
+            and held["scale"].dtype is torch.float32
+            and native.library() is not None
+        )
 
     def reference(self, x: Tensor) -> Tensor:
         """`forward` in plain torch on any device, exact up to sums of 2^53."""

@@ -14,7 +14,7 @@ say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 # What was installed, from which description of it, for which interpreter.
-stamp() { { cat setup.py pyproject.toml scripts/setup.sh; "$VENV/bin/python" --version; pwd; } 2>/dev/null | sha256sum; }
+stamp() { { cat setup.py pyproject.toml scripts/setup.sh quant/csrc/*; "$VENV/bin/python" --version; pwd; } 2>/dev/null | sha256sum; }
 if [ -x "$VENV/bin/flashvla" ] && [ "$(cat "$VENV/setup-done" 2>/dev/null)" = "$(stamp)" ]; then
     exit 0
 fi

@@ -113,6 +113,13 @@ def test_a_row_with_a_nan_gives_nan_and_infinity_is_the_end_of_the_grid(name):
     assert torch.equal(packed(x)[3], y[3])
 
 
+@pytest.mark.parametrize("activation", [None, Activation(FOUR[1], 0.3)])
+@pytest.mark.parametrize("shape", [(2, 39), (2, 41), ()])
+def test_inputs_of_another_size_are_refused(shape, activation):
+    with pytest.raises(QuantError, match=r"the layer takes \(\.\.\., 40\)"):
+        layer((20, 40), activation=activation)(torch.zeros(shape))
+
+
 def test_a_gradient_is_refused():
     with pytest.raises(QuantError, match="no gradient"):
         layer((20, 40))(torch.randn(2, 40, requires_grad=True))
