@@ -15,12 +15,14 @@ pytest.importorskip("torch")
 from mllm.demonstrations import write_demonstration
 from mllm.policy import ActionSpec, ActionStep, Observation
 from mllm.sweep import Arm, draw_clips, grid
+from sim.env import EnvConfig
 from sim.errors import ConfigurationError
 from sim.evaluate import EvalConfig, Execution
 from sim.ledger import Progress
 from sim.results import RunFile
 from sim.schedule import episode_keys
 from sim.standings import REFERENCE, standings
+from sim.supervisor import SupervisedEnv
 from sim.sweep import closed_loop, open_loop
 
 CONFIG = EvalConfig(policy="toy", cameras=(), step_limit=4)
@@ -89,6 +91,19 @@ def test_every_arm_plays_the_same_episodes_and_a_stopped_sweep_plays_nothing_twi
     assert play(tmp_path / "run").done == 12
     assert stored(tmp_path / "run") == after
     assert made == [arm.options for arm in ARMS]  # only to see that nothing has changed
+
+
+def test_all_arms_play_a_scene_in_one_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+
+    class Counted(SupervisedEnv):
+        def __init__(self, config: EnvConfig, *rest: Any) -> None:
+            built.append(int(config.task))
+            super().__init__(config, *rest)
+
+    monkeypatch.setattr("sim.evaluate.SupervisedEnv", Counted)
+    play(tmp_path / "run")
+    assert built == [0, 1]
 
 
 def test_another_arm_is_added_to_what_is_there(tmp_path: Path) -> None:
