@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Grid:
     """The arms: none-off first, which all are compared with, then every method, with every number kept, under every
-    rule of reuse.
+    rule of reuse, with the policy's weights and with others.
     """
 
     methods: tuple[str, ...] = ("none", "flashvla", "tokencarve", "random")
@@ -27,6 +27,8 @@ class Grid:
     """Visual tokens that stay."""
     reuses: tuple[str, ...] = ("off", "gated")
     """off, paper, gated, or JSON objects of settings."""
+    weights: tuple[str, ...] = ()
+    """Folders of other weights, such as flashvla quantize writes; of different names."""
     policy: str = "mini"
     """Name of an installed policy, or a folder of weights."""
     options: str = "{}"
@@ -37,7 +39,7 @@ class Grid:
         from mllm.sweep import grid
 
         methods = [name_or_object("--methods", text) for text in self.methods]
-        return grid(methods, self.keeps, [name_or_object("--reuses", text) for text in self.reuses])
+        return grid(methods, self.keeps, [name_or_object("--reuses", text) for text in self.reuses], self.weights)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def run_closed_loop(
 
 
 def standings_table(found: Sequence[Standing], title: str) -> Table:
-    """One row a variant; differences are from the first. Milliseconds are the policy's, over all control steps."""
+    """One row a variant; differences are from the first. Milliseconds are the policy's, over all control steps; MB
+    the model's weights in memory.
+    """
     table = Table(Column("arm", overflow="fold"), title=title)
     names = [
         "n",
@@ -96,6 +98,7 @@ def standings_table(found: Sequence[Standing], title: str) -> Table:
         "reused",
         "GFLOPs",
         "visual",
+        "MB",
         "errors",
     ]
     for name in names:
@@ -113,6 +116,7 @@ def standings_table(found: Sequence[Standing], title: str) -> Table:
             percent(one.reused),
             "" if one.flops is None else f"{one.flops / 1e9:.3g}",
             "" if one.visual_flops is None else f"{one.visual_flops / 1e9:.3g}",
+            "" if one.weight_bytes is None else f"{one.weight_bytes / 1e6:.3g}",
             str(one.errors or ""),
         )
     return table

@@ -20,26 +20,33 @@ from mllm.reuse import GRIPPER, POSE, ReuseConfig, overlap_of
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run a policy; the default is the policy as it is, the reference of every sweep."""
+    """One way to run a policy; the default is the policy as it is, the reference of every sweep.
+
+    weights: a folder of weights in place of the policy's own, such as a quantised model; "" keeps these.
+    """
 
     compress: CompressConfig = field(default_factory=CompressConfig)
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
+    weights: str = ""
 
     @property
     def name(self) -> str:
-        """Such as "flashvla-80-gated", with whatever else is not the default; the reference's is "none-off"."""
+        """Such as "flashvla-80-gated", with whatever else is not the default, and "@FOLDER" last where weights are in
+        one; the reference's is "none-off".
+        """
         way, rule = _changed(self.compress), _changed(self.reuse)
         method, mode = way.pop("method", "none"), rule.pop("mode", "off")
         if method != "none":
             way.pop("keep", None)
             method = f"{method}-{self.compress.keep}"
         extras = [[f"-{name}={json.dumps(value)}" for name, value in part.items()] for part in (way, rule)]
-        return f"{method}{''.join(extras[0])}-{mode}{''.join(extras[1])}"
+        folder = f"@{Path(self.weights).name}" if self.weights else ""
+        return f"{method}{''.join(extras[0])}-{mode}{''.join(extras[1])}{folder}"
 
     @property
     def options(self) -> dict[str, Any]:
         """Of `mllm.policy.make_policy`; of the reference none, so that every policy can be one."""
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"checkpoint": self.weights} if self.weights else {}
         if self.compress.method != "none":
             way = _changed(self.compress)
             found["keep"] = self.compress.keep
@@ -56,12 +63,17 @@ def _changed(config: CompressConfig | ReuseConfig) -> dict[str, Any]:
 
 
 def grid(
-    methods: Sequence[str | Mapping[str, Any]], keeps: Sequence[int], reuses: Sequence[str | Mapping[str, Any]]
+    methods: Sequence[str | Mapping[str, Any]],
+    keeps: Sequence[int],
+    reuses: Sequence[str | Mapping[str, Any]],
+    weights: Sequence[str] = (),
 ) -> list[Arm]:
-    """The reference first, then every method with every number of kept tokens under every rule of reuse, each once.
+    """The reference first, then every method with every number of kept tokens under every rule of reuse, each once,
+    with the policy's weights and with those of each folder.
 
     methods, keeps: see `CompressConfig.parse`; "none" keeps all, so that `keeps` says nothing to it.
-    reuses: see `ReuseConfig.parse`.  Raises PolicyError: one of them is not known.
+    reuses: see `ReuseConfig.parse`.  weights: folders with names of their own.
+    Raises PolicyError: one of them is not known, or two folders have one name.
     """
     ways: list[CompressConfig] = []
     for method in methods:
@@ -69,7 +81,11 @@ def grid(
         ways += [CompressConfig()] if chosen.method == "none" else [replace(chosen, keep=keep) for keep in keeps]
     rules = [ReuseConfig.parse(reuse) for reuse in reuses]
     rules = [rule if rule.mode != "off" else ReuseConfig() for rule in rules]
-    return list(dict.fromkeys([Arm(), *(Arm(way, rule) for way in ways for rule in rules)]))
+    names = [Path(folder).name for folder in weights]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PolicyError(f"two folders of weights are called '{twice[0]}': their arms would have one name; rename one")
+    arms = (Arm(way, rule, folder) for folder in ("", *weights) for way in ways for rule in rules)
+    return list(dict.fromkeys([Arm(), *arms]))
 
 
 @dataclass(frozen=True)

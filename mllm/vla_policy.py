@@ -90,6 +90,7 @@ class VLAPolicy:
         self.decoder = ActionDecoder(model, restricted, hook)
         self._restricted, self._hooked = restricted, hook is not None
         self._flops: dict[int, dict[str, int]] = {}
+        self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         # Prompts of a new length are compiled and recorded before an episode, not in it.
         self._rehearses = compile or model.device.type == "cuda"
         self._episode: VLAEpisode | None = None
@@ -144,8 +145,9 @@ class VLAPolicy:
         "preprocess", "vision", "select" (where the decoder may drop tokens), "prefill" (the rest of it) and "decode";
         none where the action is left of an earlier chunk.
 
-        flags: "prompt_tokens" where the model ran, and what that costs of `mllm.flops`, "flops" (of the whole look) and
-        "visual_flops"; "chunk_step", the number of the action, where chunks have several.
+        flags: "prompt_tokens" where the model ran, and what that costs: "weight_bytes", which the weights take in
+        memory, and of `mllm.flops` "flops" (of the whole look) and "visual_flops"; "chunk_step", the number of the
+        action, where chunks have several.
         Raises PolicyError: an observation without what the model looks at.
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
@@ -163,7 +165,8 @@ class VLAPolicy:
         for i, episode in enumerate(episodes):
             flags: dict[str, int] = {"chunk_step": self.execute - len(episode.chunk)} if self.config.chunk > 1 else {}
             if i in looking:
-                flags |= {"prompt_tokens": length, **self._operations(len(episode.text))}
+                flags |= {"prompt_tokens": length, "weight_bytes": self._weight_bytes}
+                flags |= self._operations(len(episode.text))
             action, episode.chunk = episode.chunk[0], episode.chunk[1:]
             spent = timing if i in looking else {}
             left = len(episode.chunk)

@@ -26,13 +26,15 @@ def _reached(found: Sequence[Standing], episodes: Mapping[str, Sequence[EpisodeR
         latency = [f"{one.latency[name] * 1e3:.1f}" if one.latency else "" for name in ("mean", "p50", "p99")]
         flops = ["" if value is None else f"{value / 1e9:.3g}" for value in (one.flops, one.visual_flops)]
         reused = percent(one.reused) if one.reused else ""
-        rows.append([_named(one), *rate_cells(episodes[one.variant]), *latency, reused, *flops])
+        memory = "" if one.weight_bytes is None else f"{one.weight_bytes / 1e6:.3g}"
+        rows.append([_named(one), *rate_cells(episodes[one.variant]), *latency, reused, *flops, memory])
     heads = ["variant", "", "n", "solved", "success", "95 % interval", "errors", "mean ms", "p50 ms", "p99 ms"]
     said = (
         "Milliseconds are the policy's, and GFLOPs the model's, in a control step, over all of them: also those in "
-        "which it went on with a plan or reused an action. Visual: of visual tokens in the decoder alone."
+        "which it went on with a plan or reused an action. Visual: of visual tokens in the decoder alone. "
+        "MB: of the model's weights in memory."
     )
-    made = table([*heads, "reused", "GFLOPs", "visual"], rows, 2)
+    made = table([*heads, "reused", "GFLOPs", "visual", "MB"], rows, 2)
     return f'{made}<p class="soft">{said}</p>'
 
 

@@ -18,7 +18,8 @@ class Standing:
 
     n: episodes without an error.  rate: of success, None where n is 0, and its Wilson interval.
     latency: mean, p50, p99 of the policy in s over all steps; empty where there is none.
-    reused: share of all steps.  flops, visual_flops: mean of a step, reuse included; None where the policy tells none.
+    reused: share of all steps.  flops, visual_flops: mean of a step, reuse included; weight_bytes: of the model; None
+        where the policy tells none.
     against: the reference as A and this as B, on the episodes that both have; None of the reference itself, and where
         there are fewer than two pairs.
     """
@@ -33,6 +34,7 @@ class Standing:
     reused: float
     flops: float | None
     visual_flops: float | None
+    weight_bytes: float | None
     against: Comparison | None
 
 
@@ -66,6 +68,7 @@ def _standing(
         reused=float(flag_totals(own, "reuse").sum()) / steps if steps else 0.0,
         flops=flops / steps if flops else None,
         visual_flops=visual / steps if visual else None,
+        weight_bytes=next((e.flags["weight_bytes"]["mean"] for e in own if "weight_bytes" in e.flags), None),
         against=against,
     )
 

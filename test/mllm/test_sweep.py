@@ -51,6 +51,16 @@ def test_what_is_not_the_default_stands_in_name_and_options():
     assert Arm().options == {}
 
 
+def test_other_weights_are_arms_of_their_own():
+    arms = grid(("none", "fastv"), (64,), ("off",), ("runs/w4", "runs/w8"))
+    assert [arm.name for arm in arms] == [
+        *("none-off", "fastv-64-off", "none-off@w4", "fastv-64-off@w4", "none-off@w8", "fastv-64-off@w8"),
+    ]
+    assert arms[3].options == {"checkpoint": "runs/w4", "compress": "fastv", "keep": 64}
+    with pytest.raises(PolicyError, match="two folders of weights are called 'w4'"):
+        grid(("none",), (64,), ("off",), ("a/w4", "b/w4/"))
+
+
 @pytest.mark.parametrize("arm", grid(("flashvla", "tokencarve"), (64,), ("off", "gated")), ids=lambda arm: arm.name)
 def test_a_policy_made_from_an_arm_s_options_is_that_arm(arm):
     made = make_policy("mini", seed=0, **arm.options)

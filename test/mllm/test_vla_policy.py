@@ -47,7 +47,8 @@ def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
     assert all(seconds > 0 for seconds in step.timing.values())
     flops = {"flops": step_flops(policy.model, 1 + 17)["step"]}
     flops["visual_flops"] = visual_flops(policy.config.decoder, 128)
-    assert step.flags == {"prompt_tokens": 1 + 128 + 17, **flops}
+    weights = sum(4 * parameter.numel() for parameter in policy.model.parameters())
+    assert step.flags == {"prompt_tokens": 1 + 128 + 17, "weight_bytes": weights, **flops}
 
 
 def test_what_a_look_costs_follows_the_compression_that_holds(policy):

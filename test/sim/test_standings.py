@@ -32,7 +32,11 @@ def episodes(variant: str, letters: str, seconds: float, looks: int, flops: floa
             key=EpisodeKey("libero_goal", 0, state, 0, variant),
             outcome=names[letter],
             timing={"policy": np.full(4, seconds)},
-            flags={"flops": {"mean": flops, "n": looks}, "reuse": {"mean": 1 - looks / 4, "n": 4}},
+            flags={
+                "flops": {"mean": flops, "n": looks},
+                "weight_bytes": {"mean": 5.0, "n": looks},
+                "reuse": {"mean": 1 - looks / 4, "n": 4},
+            },
             error="Traceback" if letter == "e" else None,
         )
         for state, letter in enumerate(letters)
@@ -50,6 +54,7 @@ def test_each_variant_stands_beside_the_reference_on_the_episodes_that_both_have
     first, fastv, reused = standings(RUN, resamples=200)
     assert [one.variant for one in (first, fastv, reused)] == ["none-off", "fastv-80-off", "random-80-gated"]
     assert (first.against, first.rate, first.flops, first.reused) == (None, 5 / 6, 100.0, 0.0)
+    assert first.weight_bytes == 5.0
     assert (fastv.n, fastv.successes, fastv.errors, fastv.rate) == (5, 2, 1, 0.4)
     assert fastv.latency["mean"] == pytest.approx(0.010)
     assert fastv.against is not None
