@@ -26,7 +26,7 @@ class DigitsTask:
 
     folder: Path
     denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig(PIXELS, width=96, depth=2))
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule = field(default_factory=lambda: Schedule(limit=1.0))
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, batch=128))
     samples: int = 10_000
     calibration: int = 512
