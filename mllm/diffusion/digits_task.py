@@ -17,9 +17,8 @@ from mllm.diffusion.digits import PIXELS, Classifier, digits, frechet, train_cla
 from mllm.diffusion.fit import FitConfig, fitted
 from mllm.diffusion.schedule import Schedule
 
-
-# Pixels lie in [-1, 1]. At the noisiest level an error counts 157 times, and without a limit a pixel that leaves the first
-# layer's grid never returns; at 1 the full-precision model draws twice as far from the digits as at 1.5.
+# Pixels lie in [-1, 1]. At the noisiest level an error counts 157 times, and without a limit a pixel that leaves the
+# first layer's grid never returns; at 1 the full-precision model draws twice as far from the digits as at 1.5.
 LIMIT = 1.5
 
 
