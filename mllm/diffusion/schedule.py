@@ -22,7 +22,8 @@ class Schedule:
     """times: noise levels in training.  steps: of the sampler, evenly spread from the noisiest level (our choice, after
     Lin et al., arXiv 2305.08891).
     limit: largest magnitude of a clean number, where it is known, else None; in each step what x would be without the
-        noise foretold is cut there. Errors in the first steps then grow less than gamma says.
+        noise foretold is cut there, and the noise is what remains. Errors in the first steps then grow less than gamma
+        says.
     Raises PolicyError: other sizes.
     """
 
@@ -85,5 +86,6 @@ class Schedule:
             clean = (x - (1 - left) ** 0.5 * found) / left**0.5
             if self.limit is not None:
                 clean = clean.clamp(-self.limit, self.limit)
+                found = (x - left**0.5 * clean) / (1 - left) ** 0.5
             x = then**0.5 * clean + (1 - then) ** 0.5 * found
         return x
