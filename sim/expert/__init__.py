@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mujoco
 import numpy as np
 
 from sim.env import LiberoEnv
@@ -12,9 +13,10 @@ from sim.expert.hand import Hand
 from sim.expert.handle import HandleExpert
 from sim.expert.pick_place import PickPlaceExpert
 from sim.expert.sequence import SequenceExpert
+from sim.expert.shut import ShutExpert
 
 # What comes first where a task has several goals: a drawer is opened before something goes in, and closed after it.
-_ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1}
+_ORDER = {"open": 0, "turnon": 0, "on": 1, "in": 1, "close": 2}
 # Values of a joint as parts of its range: where to move it, and from where on it need not be moved. LIBERO calls a
 # drawer open from 0.875 of its travel and a stove on from 0.24 of its turn.
 OPEN, OPEN_ENOUGH = 0.94, 0.88
@@ -46,6 +48,8 @@ def _steps(env: LiberoEnv, hand: Hand, goal: tuple[str, ...]) -> list[Expert]:
     predicate, item, *rest = goal
     if predicate == "open":
         return [_opening(env, hand, item, OPEN, OPEN_ENOUGH)]
+    if predicate == "close":
+        return [_closing(env, hand, item)]
     if predicate == "turnon":
         joint = _joint_of_fixture(env, hand, item)
         end = _far_end(hand, joint)
@@ -65,6 +69,13 @@ def _opening(env: LiberoEnv, hand: Hand, region: str, wide: float, enough: float
         raise ConfigurationError(f"{region!r} cannot be opened: it does not move")
     end = _far_end(hand, joint)
     return HandleExpert(env, joint, wide * end, enough * end, hand)
+
+
+def _closing(env: LiberoEnv, hand: Hand, region: str) -> ShutExpert:
+    joint = _joint_of_region(hand, region)
+    if joint is None or hand.model.jnt_type[joint] != mujoco.mjtJoint.mjJNT_SLIDE:
+        raise ConfigurationError(f"{region!r} cannot be closed: the expert closes drawers")
+    return ShutExpert(env, joint, hand)
 
 
 def _joint_of_region(hand: Hand, region: str) -> int | None:
@@ -90,4 +101,4 @@ def _far_end(hand: Hand, joint: int) -> float:
     return float(max(hand.model.jnt_range[joint], key=abs))
 
 
-__all__ = ["Expert", "HandleExpert", "PickPlaceExpert", "SequenceExpert", "make_expert"]
+__all__ = ["Expert", "HandleExpert", "PickPlaceExpert", "SequenceExpert", "ShutExpert", "make_expert"]

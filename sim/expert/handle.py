@@ -36,6 +36,12 @@ def _collision_geoms(model: Any, body: int) -> np.ndarray:
     return np.flatnonzero((model.geom_bodyid == body) & (model.geom_group == COLLISION_GROUP))
 
 
+def bar_of(hand: Hand, joint: int, outward: np.ndarray) -> int:
+    """The geom of a slide's body that stands out farthest along the (3,) direction."""
+    geoms = _collision_geoms(hand.model, hand.model.jnt_bodyid[joint])
+    return int(max(geoms, key=lambda geom: float(hand.data.geom_xpos[geom] @ outward)))
+
+
 def _nearer_side(axes: np.ndarray) -> np.ndarray:
     """(3, 3): a gripper is the same turned half round, so of the two take the one nearer to how the hand usually is."""
     other = axes * [-1.0, -1.0, 1.0]
@@ -48,8 +54,7 @@ def drawer_handle(hand: Hand, joint: int) -> tuple[np.ndarray, np.ndarray]:
     """
     model, data = hand.model, hand.data
     outward = data.xaxis[joint] * np.sign(model.jnt_range[joint].sum())
-    geoms = _collision_geoms(model, model.jnt_bodyid[joint])
-    bar = max(geoms, key=lambda geom: float(data.geom_xpos[geom] @ outward))
+    bar = bar_of(hand, joint, outward)
     forward = -np.sin(DRAWER_TILT) * outward - np.cos(DRAWER_TILT) * UP
     across = np.cos(DRAWER_TILT) * outward - np.sin(DRAWER_TILT) * UP
     return data.geom_xpos[bar], _nearer_side(grip_axes(forward, across))

@@ -25,8 +25,8 @@ def env() -> Iterator[LiberoEnv]:
     made.close()
 
 
-def solves(env: LiberoEnv, expert: Expert) -> bool:
-    episode = rollout(env, expert, init_state=0)
+def solves(env: LiberoEnv, expert: Expert, init_state: int = 0) -> bool:
+    episode = rollout(env, expert, init_state=init_state)
     assert episode.error is None
     return episode.outcome == "success"
 
@@ -56,6 +56,14 @@ def test_the_expert_solves(suite: str, task: int, kind: type[Expert]) -> None:
         expert = make_expert(env)
         assert isinstance(expert, kind)
         assert solves(env, expert)
+    finally:
+        env.close()
+
+
+def test_the_expert_puts_a_bowl_into_a_drawer_and_shuts_it() -> None:
+    env = LiberoEnv(EnvConfig(suite="libero_10", task=3, cameras=()))
+    try:
+        assert solves(env, make_expert(env), init_state=1)
     finally:
         env.close()
 
@@ -140,3 +148,12 @@ def test_an_object_put_elsewhere_is_planned_for_again(env: LiberoEnv) -> None:
     fresh.reset("")
     world.data.qvel[:] = 0.0
     np.testing.assert_array_equal(expert.act(BLIND).action, fresh.act(BLIND).action)
+
+
+def test_a_door_is_not_a_drawer() -> None:
+    env = LiberoEnv(EnvConfig(suite="libero_10", task=9, cameras=()))
+    try:
+        with pytest.raises(ConfigurationError, match="'microwave_1' cannot be closed: the expert closes drawers"):
+            make_expert(env)
+    finally:
+        env.close()
