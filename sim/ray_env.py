@@ -6,19 +6,17 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from mllm.policy import Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, EnvironmentFault
+from sim.remote_env import RemoteEnv
 from sim.supervisor import SupervisedEnv
-from sim.tasks import find_task
 
 _HOP_LIMIT = 30.0  # s that a call may take beyond its own limit: a busy node, a slow network
 _PLACE_LIMIT = 600.0  # s until the cluster has room for an environment
 
 
-class RayEnv:
+class RayEnv(RemoteEnv):
     """`SupervisedEnv` on a node of a Ray cluster that has a core to spare: the same calls, the same errors.
 
     The cluster is the one that the variable RAY_ADDRESS names, else one that is started here. Its nodes need this
@@ -33,50 +31,29 @@ class RayEnv:
         call_limit: float = 60.0,
         factory: Callable[[EnvConfig], LiberoEnv] = LiberoEnv,
     ) -> None:
-        self.config = config or EnvConfig()
-        self.task = find_task(self.config.suite, self.config.task)
+        super().__init__(config)
         self._arguments = (self.config, start_limit, call_limit, factory)
         self._limit = start_limit + call_limit + _HOP_LIMIT
         self._actor: Any = None
-        self._stamp = 0.0
         self._ray = connect()
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What any method of the environment returns. Raises as `SupervisedEnv.call` does."""
-        return self._ask("call", method, *args, **kwargs)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `LiberoEnv.reset`; asks the cluster for a place where there is none."""
+    def begin(self) -> None:
+        """Asks the cluster for a place where there is none, and has the environment made there."""
         limit = self._limit
         if self._actor is None:
             self._actor = self._ray.remote(num_cpus=1)(SupervisedEnv).remote(*self._arguments)
             limit += _PLACE_LIMIT
-        observation, info = self._ask("reset", limit=limit, seed=seed, options=options)
-        self._stamp = info["stamp"]
-        self.task = self.config.episode_task(seed, options)
-        return observation, info
+        self._ask("begin", limit)
 
-    def step(self, action: np.ndarray, look: bool = True) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """See `LiberoEnv.step`."""
-        answer = self._ask("step", action, look)
-        self._stamp = answer[-1]["stamp"]
-        return answer
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """See `RemoteEnv.call`."""
+        return self._ask("call", self._limit, method, *args, **kwargs)
 
     def observation_for_policy(self, observation: dict[str, Any]) -> Observation:
         """See `LiberoEnv.observation_for_policy`."""
         # Ray's arrays are read-only views of its memory; a policy may write to what it is given.
         images = {name: image.copy() for name, image in observation["images"].items()}
-        return Observation(images=images, proprio=observation["proprio"], stamp=self._stamp)
-
-    def state(self) -> np.ndarray:
-        """See `LiberoEnv.state`."""
-        return self._ask("state")
-
-    def provenance(self) -> dict[str, str]:
-        """See `LiberoEnv.provenance`."""
-        return self._ask("provenance")
+        return super().observation_for_policy({**observation, "images": images})
 
     def close(self) -> None:
         """Gives the place on the cluster back; a second call does nothing."""
@@ -84,26 +61,25 @@ class RayEnv:
             self._ray.kill(self._actor)  # its process dies, and the environment's with it
             self._actor = None
 
-    def _ask(self, method: str, *args: Any, limit: float | None = None, **kwargs: Any) -> Any:
+    def _ask(self, method: str, limit: float, *args: Any, **kwargs: Any) -> Any:
+        asked = args[0] if method == "call" else method
         if self._actor is None:
-            raise EnvironmentFault(f"there is no environment for {method}(): call reset() first")
+            raise EnvironmentFault(f"there is no environment for {asked}(): call reset() first")
         errors = self._ray.exceptions
         try:
-            return self._ray.get(getattr(self._actor, method).remote(*args, **kwargs), timeout=limit or self._limit)
+            return self._ray.get(getattr(self._actor, method).remote(*args, **kwargs), timeout=limit)
         except errors.RayTaskError as error:  # the environment's own, raised at the other end
             cause = error.cause
             if isinstance(cause, ConfigurationError | EnvironmentFault):
                 raise cause from error
-            raise EnvironmentFault(f"{method}() failed on the cluster:\n{error}") from error
+            raise EnvironmentFault(f"{asked}() failed on the cluster:\n{error}") from error
         except errors.GetTimeoutError as error:
             self.close()
-            raise EnvironmentFault(
-                f"the cluster did not answer {method}() within {limit or self._limit:g} s"
-            ) from error
+            raise EnvironmentFault(f"the cluster did not answer {asked}() within {limit:g} s") from error
         except errors.RayError as error:
             self.close()
             raise EnvironmentFault(
-                f"the environment's place on the cluster was lost during {method}(): {error}"
+                f"the environment's place on the cluster was lost during {asked}(): {error}"
             ) from error
 
 

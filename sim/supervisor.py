@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from mllm.policy import Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, EnvironmentFault
 from sim.process import end, start
-from sim.tasks import find_task
+from sim.remote_env import RemoteEnv
 
 _CLOSE_LIMIT = 5.0  # seconds
 
 
-class SupervisedEnv:
+class SupervisedEnv(RemoteEnv):
     """`LiberoEnv` in a worker process: the same calls, each within a time limit.
 
     A worker that crashes or does not answer is killed, and the call raises EnvironmentFault with how it ended; the
@@ -40,49 +39,33 @@ class SupervisedEnv:
         for name, value in (("start_limit", start_limit), ("call_limit", call_limit)):
             if not (np.isfinite(value) and value > 0):
                 raise ConfigurationError(f"{name} is {value}: it must be a finite number of seconds above 0")
-        self.config = config or EnvConfig()
-        self.task = find_task(self.config.suite, self.config.task)
+        super().__init__(config)
         self._start_limit, self._call_limit = start_limit, call_limit
         self._factory = factory
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._provenance: dict[str, str] = {}
-        self._stamp = 0.0
 
     @property
     def worker_pid(self) -> int | None:
         """Process number of the worker; None where none is running."""
         return None if self._process is None else self._process.pid
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `LiberoEnv.reset`; starts a worker where none is running."""
+    def begin(self) -> None:
+        """Starts a worker where none is running."""
         if self._process is None:
-            self._start()
-        observation, info = self.call("reset", seed=seed, options=options)
-        self._stamp = info["stamp"]
-        self.task = self.config.episode_task(seed, options)
-        return observation, info
+            self._process, self._connection = start(__name__)
+            self._provenance = {}
+            self._exchange("start", self._start_limit, (self._factory, self.config), {})
 
-    def step(self, action: np.ndarray, look: bool = True) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """See `LiberoEnv.step`."""
-        answer = self.call("step", action, look)
-        self._stamp = answer[-1]["stamp"]
-        return answer
-
-    def observation_for_policy(self, observation: dict[str, Any]) -> Observation:
-        """See `LiberoEnv.observation_for_policy`."""
-        return Observation(images=observation["images"], proprio=observation["proprio"], stamp=self._stamp)
-
-    def state(self) -> np.ndarray:
-        """See `LiberoEnv.state`."""
-        return self.call("state")
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """See `RemoteEnv.call`."""
+        return self._exchange(method, self._call_limit, args, kwargs)
 
     def provenance(self) -> dict[str, str]:
         """See `LiberoEnv.provenance`; asked of each worker once."""
         if not self._provenance:
-            self._provenance = self.call("provenance")
+            self._provenance = super().provenance()
         return self._provenance
 
     def close(self) -> None:
@@ -99,15 +82,6 @@ class SupervisedEnv:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _start(self) -> None:
-        self._process, self._connection = start(__name__)
-        self._provenance = {}
-        self._exchange("start", self._start_limit, (self._factory, self.config), {})
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What any method of the environment in the worker returns. Raises as `step` does."""
-        return self._exchange(method, self._call_limit, args, kwargs)
 
     def _exchange(self, method: str, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._process is None or self._connection is None:
