@@ -16,12 +16,25 @@ def run_bench(config: BenchConfig, json_output: bool) -> int:
     console = table_console(json_output)
     with console.status("every contender by turns"):
         result = measure(config)
-    columns = ("", "min ms", "median ms", "times as fast", "error", "kB", "of fp16", "floor ms", "bound", "scaling")
+    columns = (
+        "",
+        "n",
+        "min ms",
+        "median ms",
+        "times as fast",
+        "error",
+        "kB",
+        "of fp16",
+        "floor ms",
+        "bound",
+        "scaling",
+    )
     tables: dict[str, Table] = {}
     for row in result["rows"]:
-        title = f"{row['shape']}, batch {row['batch']}, threads {row['threads']}, n = {result['repeats']}"
+        title = f"{row['shape']}, batch {row['batch']}, threads {row['threads']}"
         tables.setdefault(title, Table(*columns, title=title)).add_row(
             f"{row['name']} ({row['kernel']})" if row["kernel"] else row["name"],
+            str(row["calls"]),
             f"{row['min_ms']:.3f}",
             f"{row['median_ms']:.3f}",
             f"{row['times_as_fast']:.2f}",

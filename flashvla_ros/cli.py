@@ -269,7 +269,7 @@ class BenchQuant:
     threads: tuple[int, ...] = (1,)
     """Several to compare them with the first."""
     repeats: int = 20
-    """Calls measured of each."""
+    """Calls measured of each, fewer of slow ones."""
     json: bool = False
     """Print the result as JSON on stdout."""
 

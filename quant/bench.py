@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant import native
-from quant.contenders import BASELINE, Contender, contenders
+from quant.contenders import BASELINE, Contender, others, ours
 from quant.errors import QuantError
 from quant.formats import FloatFormat
 from quant.packed import Activation, PackedLinear
 from quant.timing import best_seconds, read_rate
 
+ENOUGH = 1.5  # s; what has taken so long in all is not called again
 CPU = torch.device("cpu")
 LIMITS = {"shapes": 1 << 16, "batches": 1 << 16, "threads": 1024, "repeats": 100_000}
 
@@ -31,7 +32,7 @@ LIMITS = {"shapes": 1 << 16, "batches": 1 << 16, "threads": 1024, "repeats": 100
 @dataclass(frozen=True)
 class BenchConfig:
     """shapes: outputs and inputs of layers, such as "768x192".  batches: rows of inputs.  threads: of every contender;
-    the first number is what others are compared with.  repeats: calls measured of each.
+    the first number is what others are compared with.  repeats: calls measured of each, fewer of slow ones.
 
     Raises QuantError: none of them, no number of that form, or one beyond its limit.
     """
@@ -68,7 +69,7 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
     """Layers of normal random weights on normal random inputs.
 
     Returns what JSON can hold. "rows": for every shape, number of threads, batch and contender
-        "min_ms" and "median_ms" of a call; "times_as_fast" as plain float32, by the shortest calls;
+        "calls" measured; "min_ms" and "median_ms" of one; "times_as_fast" as plain float32, by the shortest calls;
         "error": root mean square of the difference to plain float32's output, over that of the output;
         "bytes" of the weights, and "share" of what they take in float16;
         "floor_ms": the larger of the bytes of weights, inputs and outputs at the memory's rate, and of two operations a
@@ -81,28 +82,33 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
     before = torch.get_num_threads()
     rows: list[dict[str, Any]] = []
     absent: list[dict[str, str]] = []
-    machine: list[dict[str, float]] = []
+    speeds: dict[int, dict[str, float]] = {}
     try:
         for threads in config.threads:
             torch.set_num_threads(threads)
-            speeds = machine_speeds()
-            machine.append({"threads": threads, **{name: round(rate / 1e9, 1) for name, rate in speeds.items()}})
-            for shape, (count, size) in zip(config.shapes, config.sizes, strict=True):
-                layer, sample = _layer(count, size), _normal(256, size, seed=1)
-                found, reasons = contenders(layer, sample, threads)
-                absent += [{"shape": shape, "name": name, "reason": why} for name, why in reasons.items()]
+            speeds[threads] = machine_speeds()
+        for shape, (count, size) in zip(config.shapes, config.sizes, strict=True):
+            layer, sample = _layer(count, size), _normal(256, size, seed=1)
+            packed = ours(layer, sample)
+            for threads in config.threads:
+                torch.set_num_threads(threads)
+                found, reasons = others(layer, sample, threads)
+                new = [{"shape": shape, "name": name, "reason": why} for name, why in reasons.items()]
+                absent += [one for one in new if one not in absent]
                 for batch in config.batches:
                     place = {"shape": shape, "threads": threads, "batch": batch}
                     x = _normal(batch, size, seed=2)
-                    rows += [{**place, **row} for row in compare(found, x, config.repeats, speeds)]
+                    rows += [{**place, **row} for row in compare(found + packed, x, config.repeats, speeds[threads])]
     finally:
         torch.set_num_threads(before)
     _add_scaling(rows, config.threads[0])
     return {
         "rows": rows,
-        "absent": [reason for place, reason in enumerate(absent) if reason not in absent[:place]],
-        "machine": machine,
-        "repeats": config.repeats,
+        "absent": absent,
+        "machine": [
+            {"threads": threads, **{name: round(rate / 1e9, 1) for name, rate in rates.items()}}
+            for threads, rates in speeds.items()
+        ],
         "instructions": native.available()[-1] if native.available() else "none",
         "torch": torch.__version__,
     }
@@ -116,9 +122,11 @@ def compare(found: list[Contender], x: Tensor, repeats: int, speeds: dict[str, f
     draw = random.Random(0)
     for _ in range(repeats):
         for one in draw.sample(found, len(found)):
-            started = time.perf_counter()
-            one.run(x)
-            seconds[one.name].append(time.perf_counter() - started)
+            taken = seconds[one.name]
+            if sum(taken) < ENOUGH:
+                started = time.perf_counter()
+                one.run(x)
+                taken.append(time.perf_counter() - started)
     rows = []
     for one in found:
         taken = seconds[one.name]
@@ -127,6 +135,7 @@ def compare(found: list[Contender], x: Tensor, repeats: int, speeds: dict[str, f
         rows.append(
             {
                 "name": one.name,
+                "calls": len(taken),
                 "min_ms": 1e3 * min(taken),
                 "median_ms": 1e3 * statistics.median(taken),
                 "times_as_fast": min(seconds[BASELINE]) / min(taken),
@@ -152,7 +161,7 @@ def machine_speeds() -> dict[str, float]:
     packed = PackedLinear(codes, (grid,), torch.zeros(1024), scale, None, Activation(grid, 1.0))
 
     def rate(call: Callable[[], Tensor]) -> float:
-        return 2 * x.numel() * len(weight) / best_seconds(call, CPU, 30)
+        return 2 * x.numel() * len(weight) / best_seconds(call, CPU)
 
     plain = rate(lambda: F.linear(x, weight))
     if torch.backends.mkldnn.is_available():

@@ -43,14 +43,14 @@ class Contender:
     arithmetic: str
 
 
-def contenders(layer: nn.Linear, sample: Tensor, threads: int) -> tuple[list[Contender], dict[str, str]]:
-    """The same layer in every format, the plain one first.
+def others(layer: nn.Linear, sample: Tensor, threads: int) -> tuple[list[Contender], dict[str, str]]:
+    """The plain layer, then the same in others' formats.
 
-    layer: without a bias.  sample: inputs, which ranges are searched on.  threads: for packages with threads of their
-    own.  Returns the contenders, and why others are absent: a package is not installed, or it refuses the layer.
+    layer: without a bias.  sample: (rows, K), inputs to try it on.  threads: for packages with threads of their own.
+    Returns also why some are absent: a package is not installed, or it refuses the layer.
     """
-    made, absent = [_plain(layer)], {}
-    others: dict[str, Callable[[], Contender]] = {
+    made, absent = [Contender(BASELINE, layer, layer.weight.nbytes, "float32")], {}
+    ways: dict[str, Callable[[], Contender]] = {
         "float32, oneDNN": lambda: _onednn(layer),
         "bfloat16": lambda: _bfloat16(layer),
         "torch int8 dynamic": lambda: _torch_int8(layer),
@@ -59,7 +59,7 @@ def contenders(layer: nn.Linear, sample: Tensor, threads: int) -> tuple[list[Con
         "bitsandbytes nf4": lambda: _bitsandbytes(layer, 4),
         "bitsandbytes int8": lambda: _bitsandbytes(layer, 8),
     }
-    for name, make in others.items():
+    for name, make in ways.items():
         try:
             contender = replace(make(), name=name)
             contender.run(sample[:1])
@@ -67,18 +67,18 @@ def contenders(layer: nn.Linear, sample: Tensor, threads: int) -> tuple[list[Con
             absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         else:
             made.append(contender)
-    return made + ours(layer, sample), absent
+    return made, absent
 
 
 def ours(layer: nn.Linear, sample: Tensor) -> list[Contender]:
-    """Layers as `quant.convert` packs them, with formats searched for these weights and inputs."""
+    """Layers as `quant.convert` packs them, with formats searched for these weights and this sample of inputs."""
     grids: dict[int, WeightGrid] = {}
     made = []
     for name, (bits, act_bits) in OURS.items():
         if bits not in grids:
             tried = weight_candidates("msfp", bits)
-            # Of the 100 ranges every sixth: rows of one distribution need no finer search, and large layers are slow.
-            grids[bits] = search_weight(layer.weight, replace(tried, signed_factors=tried.signed_factors[::6]))
+            # Of the 100 ranges every tenth: rows of one distribution need no finer search, and large layers are slow.
+            grids[bits] = search_weight(layer.weight, replace(tried, signed_factors=tried.signed_factors[::10]))
         activation = None
         if act_bits is not None:
             inputs = input_candidates("msfp", act_bits, anomalous=False)
@@ -92,10 +92,6 @@ def ours(layer: nn.Linear, sample: Tensor) -> list[Contender]:
 def size_of(packed: PackedLinear) -> int:
     """Bytes of everything that the layer holds."""
     return sum(buffer.nbytes for buffer in packed.buffers())
-
-
-def _plain(layer: nn.Linear) -> Contender:
-    return Contender(BASELINE, layer, layer.weight.nbytes, "float32")
 
 
 def _onednn(layer: nn.Linear) -> Contender:

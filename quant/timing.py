@@ -29,7 +29,7 @@ def read_rate(dtype: torch.dtype, device: torch.device) -> float:
     scale, pieces = (8, 1) if device.type == "cuda" else (1, 16)
     large = torch.ones((scale * 256 << 20) // dtype.itemsize, dtype=dtype, device=device).view(pieces, -1)
     turn = cycle(large)
-    return large[0].nbytes / best_seconds(lambda: next(turn).max(), device, 12 * pieces)
+    return large[0].nbytes / best_seconds(lambda: next(turn).max(), device, 6 * pieces)
 
 
 def wait(device: torch.device) -> None:

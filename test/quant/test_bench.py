@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from quant import native  # noqa: E402
 from quant.bench import BenchConfig, measure  # noqa: E402
-from quant.contenders import OURS, contenders, groups  # noqa: E402
+from quant.contenders import OURS, groups, ours  # noqa: E402
 from quant.errors import QuantError  # noqa: E402
 
 ALL = {
@@ -60,6 +60,7 @@ def test_the_figures_of_a_row_agree_with_each_other(result):
     rows = {(row["shape"], row["threads"], row["batch"], row["name"]): row for row in result["rows"]}
     for (shape, threads, batch, name), row in rows.items():
         plain = rows[shape, threads, batch, "float32"]
+        assert row["calls"] == 2
         assert 0 < row["min_ms"] <= row["median_ms"]
         assert row["times_as_fast"] == pytest.approx(plain["min_ms"] / row["min_ms"])
         assert row["scaling"] == pytest.approx(rows[shape, 1, batch, name]["min_ms"] / row["min_ms"])
@@ -95,7 +96,7 @@ def test_our_rows_name_the_instructions_in_use():
         rows = measure(BenchConfig(shapes=("16x32",), batches=(1,), repeats=1))["rows"]
     assert {row["kernel"] for row in rows if row["name"].startswith("MSFP W4")} == {name}
     with torch.inference_mode():
-        assert contenders(layer, torch.randn(8, 32), 1)[0][0].run(torch.zeros(3, 32)).shape == (3, 16)
+        assert ours(layer, torch.randn(8, 32))[0].run(torch.zeros(3, 32)).shape == (3, 16)
 
 
 def test_groups_of_weights_keep_their_largest_and_refuse_a_rest():
