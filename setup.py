@@ -59,6 +59,8 @@ setup(
         "eval": ["scipy>=1.15", "statsmodels>=0.14.4", "matplotlib>=3.8"],
         # `flashvla experiment`: scikit-learn brings the digits.
         "experiment": ["scikit-learn>=1.3", "matplotlib>=3.8"],
+        # What `flashvla bench quant` compares with.
+        "bench": ["onnxruntime>=1.20", "onnx>=1.16", "bitsandbytes>=0.49"],
         "ray": ["ray>=2.40"],
         "test": [
             "pytest>=8",

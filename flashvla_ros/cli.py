@@ -257,9 +257,33 @@ class BenchCompress:
 
 
 @dataclass(frozen=True)
+class BenchQuant:
+    """Measure a linear layer in every number format: ours, torch's, and, if installed, those of onnxruntime and
+    bitsandbytes.
+    """
+
+    shapes: tuple[str, ...] = ("4096x4096", "768x192", "192x768")
+    """Outputs x inputs of layers."""
+    batches: tuple[int, ...] = (1, 64, 150)
+    """Rows of inputs."""
+    threads: tuple[int, ...] = (1,)
+    """Several to compare them with the first."""
+    repeats: int = 20
+    """Calls measured of each, fewer of slow ones."""
+    json: bool = False
+    """Print the result as JSON on stdout."""
+
+    def run(self) -> int:
+        from flashvla_ros.bench_quant import run_bench
+        from quant.bench import BenchConfig
+
+        return run_bench(BenchConfig(self.shapes, self.batches, self.threads, self.repeats), self.json)
+
+
+@dataclass(frozen=True)
 class Bench:
     """Measure: `ros` is what ROS 2 adds to a step, `sim` the simulator's cost, `model` the policy's, `compress` what
-    dropping visual tokens saves of it.
+    dropping visual tokens saves of it, `quant` a layer in fewer bits.
     """
 
     what: (
@@ -267,6 +291,7 @@ class Bench:
         | Annotated[BenchSim, tyro.conf.subcommand("sim")]
         | Annotated[BenchModel, tyro.conf.subcommand("model")]
         | Annotated[BenchCompress, tyro.conf.subcommand("compress")]
+        | Annotated[BenchQuant, tyro.conf.subcommand("quant")]
     )
 
     def run(self) -> int:

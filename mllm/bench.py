@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mllm.config import NAMED, check_choice, named_config
 from mllm.errors import PolicyError
@@ -25,6 +24,7 @@ from mllm.tensor_names import places
 from mllm.torchvision_import import import_timm
 from mllm.vla import VLA, init_random
 from mllm.vla_policy import VLAPolicy, make_example
+from quant.timing import best_seconds, read_rate, wait
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -150,7 +150,7 @@ class Baseline:
         model, clock = self.model, [time.perf_counter()]
 
         def lap() -> None:
-            _wait(model.device)
+            wait(model.device)
             clock.append(time.perf_counter())
 
         pixels = torch.from_numpy(self._policy.preprocess(observation.images))[None].to(model.device, model.dtype)
@@ -172,14 +172,11 @@ class Baseline:
 
 def machine_speeds(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """{"gb_per_s", "gflop_per_s"}: the best of reading much memory, and of a large product, on this machine."""
-    scale = 8 if device.type == "cuda" else 1
-    large = torch.ones((scale * 256 << 20) // dtype.itemsize, dtype=dtype, device=device)
-    rows, size, count = 160 * scale**2, 2048, 8192
+    rows, size, count = 160 * (8 if device.type == "cuda" else 1) ** 2, 2048, 8192
     x, weight = torch.ones(rows, size, dtype=dtype, device=device), torch.ones(count, size, dtype=dtype, device=device)
-    read = _best(lambda: large.max(), device)
-    multiply = _best(lambda: product(x, weight), device)
+    multiply = best_seconds(lambda: product(x, weight), device)
     return {
-        "gb_per_s": round(large.numel() * dtype.itemsize / read / 1e9, 1),
+        "gb_per_s": round(read_rate(dtype, device) / 1e9, 1),
         "gflop_per_s": round(2 * rows * size * count / multiply / 1e9, 1),
     }
 
@@ -247,25 +244,10 @@ def noise_observation(model: VLA, seed: int) -> Observation:
     return replace(make_example(model.config), images=images)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _timed(act: Callable[[Observation], Any], observation: Observation) -> dict[str, float]:
     started = time.perf_counter()
     stages = act(observation)
     return {**stages, "step": time.perf_counter() - started}
-
-
-def _best(call: Callable[[], Tensor], device: torch.device, repeats: int = 12) -> float:
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def stage_summary(steps: list[dict[str, float]]) -> dict[str, dict[str, float]]:
