@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-WIDTH = 140  # columns, where no terminal says otherwise: in files and pipes nothing is cut
+WIDTH = 165  # columns, where no terminal says otherwise: in files and pipes nothing is cut
 
 
 def table_console(json_output: bool) -> Console:

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from flashvla_ros.console import table_console
 from mllm.diffusion.experiment import ExperimentConfig, Outcome, Task, outcomes, run_experiment
 from sim.report_plots import plot_style
 
@@ -20,9 +20,7 @@ INK, SOFT, LINE, PLAIN, TUNED = "#1c2127", "#5d6773", "#dfe3e8", "#2f6fab", "#c0
 
 def show(folder: Path, tasks: Sequence[Task], config: ExperimentConfig, json_output: bool) -> int:
     """Runs what is missing. Writes `summary.json` and a picture of each task; prints tables, or JSON. Returns 0."""
-    console = Console(stderr=json_output)
-    if not console.is_terminal:
-        console = Console(stderr=json_output, width=120)
+    console = table_console(json_output)
     rows = run_experiment(folder, tasks, config, lambda line: sys.stderr.write(f"{line}\n"))
     found = {task.name: _outcomes(rows, task.name) for task in tasks}
     for name, metrics in found.items():

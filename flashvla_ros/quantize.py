@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from flashvla_ros.console import table_console
 from flashvla_ros.quantize_plot import draw_report
 from mllm.checkpoint import save_checkpoint, write_json
 from mllm.quantise import hold_out, observe, quantised, sensitivity
@@ -37,8 +37,7 @@ def quantize(
 
     facts: what the report says too.  sensitive: whether each group of layers is tried alone.
     """
-    console = Console(stderr=json_output)
-    console = console if console.is_terminal else Console(stderr=json_output, width=165)
+    console = table_console(json_output)
     seen_clips, checked = hold_out(clips, check)
     reference = replay(policy, checked)
     seen = observe(policy, seen_clips)

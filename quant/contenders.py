@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.convert import pack_layer
+from quant.convert import pack_layer, search_activation
 from quant.errors import QuantError
-from quant.packed import Activation, PackedLinear
-from quant.search import WeightGrid, input_candidates, search_input, search_weight, weight_candidates
+from quant.packed import PackedLinear
+from quant.search import WeightGrid, input_candidates, search_weight, weight_candidates
 
 # Bits of weights and of inputs; None leaves the inputs as they come.
 OURS: dict[str, tuple[int, int | None]] = {
@@ -82,8 +82,7 @@ def ours(layer: nn.Linear, sample: Tensor) -> list[Contender]:
         activation = None
         if act_bits is not None:
             inputs = input_candidates("msfp", act_bits, anomalous=False)
-            best = search_input(sample, float(sample.min()), float(sample.max()), inputs)[0]
-            activation = Activation(best.format, best.scale, best.zero)
+            activation, _ = search_activation(sample, float(sample.min()), float(sample.max()), inputs)
         packed = pack_layer(layer, grids[bits], activation).eval()
         made.append(Contender(name, packed, size_of(packed), "int8"))
     return made

@@ -20,7 +20,7 @@ from quant.config import MSFPConfig, find
 from quant.errors import QuantError
 from quant.formats import encode
 from quant.packed import Activation, PackedLinear
-from quant.search import WeightGrid, input_candidates, search_input, search_weight, weight_candidates
+from quant.search import Candidates, WeightGrid, input_candidates, search_input, search_weight, weight_candidates
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def quantise_layer(
     activation, input_nmse = None, None
     if act_bits is not None:
         tried = input_candidates(config.family, act_bits, bool(anomalous))
-        best = search_input(seen.sample, seen.minimum, seen.maximum, tried)[0]
-        activation, input_nmse = Activation(best.format, best.scale, best.zero), best.nmse
+        activation, input_nmse = search_activation(seen.sample, seen.minimum, seen.maximum, tried)
     packed = pack_layer(layer, grid, activation)
     largest = torch.tensor([one.largest for one in grid.formats], device=grid.scale.device)
     clips = grid.scale * largest[grid.choice.long()]
@@ -149,15 +148,27 @@ def _anomalous(name: str, config: MSFPConfig, seen: Inputs) -> str:
     return seen.follows or ("statistics" if seen.bounded else "")
 
 
+def search_activation(
+    sample: Tensor, minimum: float, maximum: float, candidates: Candidates
+) -> tuple[Activation, float]:
+    """The best grid of all, and its nmse; see `quant.search.search_input`."""
+    best = search_input(sample, minimum, maximum, candidates)[0]
+    return Activation(best.format, best.scale, best.zero), best.nmse
+
+
 def pack_layer(layer: nn.Linear, grid: WeightGrid, activation: Activation | None) -> PackedLinear:
     """The layer with its weights on a grid that was found for them."""
-    codes = torch.empty(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return pack_weight(layer.weight, bias, grid, activation).train(layer.training)
+
+
+def pack_weight(weight: Tensor, bias: Tensor | None, grid: WeightGrid, activation: Activation | None) -> PackedLinear:
+    """weight: (N, K), which becomes the nearest numbers of the grid.  bias: (N,) or None."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for index, format in enumerate(grid.formats):
         rows = grid.choice == index
-        codes[rows] = encode(layer.weight[rows], format, grid.scale[rows, None])
-    bias = None if layer.bias is None else layer.bias.detach()
-    packed = PackedLinear(codes, grid.formats, grid.choice, grid.scale, bias, activation)
-    return packed.train(layer.training)
+        codes[rows] = encode(weight[rows], format, grid.scale[rows, None])
+    return PackedLinear(codes, grid.formats, grid.choice, grid.scale, bias, activation)
 
 
 def replace_(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.convert import pack_weight
 from quant.errors import QuantError
-from quant.formats import encode, quantise
+from quant.formats import quantise
 from quant.packed import Activation, PackedLinear
 from quant.search import WeightGrid
 
@@ -98,10 +99,7 @@ class AdaptedLinear(nn.Module):
         gate = torch.zeros_like(self.gate)
         if adapter is not None:
             gate[adapter] = 1.0
-        merged, grid = self.merged(gate), self.grids.weight
-        parts = [encode(merged[rows], format, grid.scale[rows, None]) for format, rows in self._rows]
-        codes = torch.cat(parts)[self._order]
-        return PackedLinear(codes, grid.formats, grid.choice, grid.scale, self.bias, self.grids.inputs)
+        return pack_weight(self.merged(gate), self.bias, self.grids.weight, self.grids.inputs)
 
 
 class Router(nn.Module):

@@ -12,9 +12,9 @@ from mllm.diffusion.denoiser import Denoiser, sinusoids
 from mllm.diffusion.schedule import Schedule
 from mllm.errors import PolicyError
 from quant.calibration import calibrate
+from quant.convert import search_activation
 from quant.dfa import DistilConfig, distil, normalised
-from quant.packed import Activation
-from quant.search import input_candidates, search_input, search_weight, weight_candidates
+from quant.search import input_candidates, search_weight, weight_candidates
 from quant.talora import LayerGrids, Talora, TaloraConfig
 
 # The first layers, which read what the denoiser is given, and the last. Four bits of a timestep's sines tell neighbours
@@ -139,8 +139,8 @@ def prepare(subject: Subject, families: set[str], config: QuantiseConfig) -> Pre
             assert isinstance(layer, nn.Linear)
             weight = search_weight(layer.weight, weight_candidates(family, bits))
             tried = input_candidates(family, bits, given.anomalous)
-            best = search_input(given.sample, given.minimum, given.maximum, tried)[0]
-            grids[family][name] = LayerGrids(weight, Activation(best.format, best.scale, best.zero))
+            activation, _ = search_activation(given.sample, given.minimum, given.maximum, tried)
+            grids[family][name] = LayerGrids(weight, activation)
     states, answers = (torch.stack(rows) for rows in zip(*seen, strict=True))
     return Prepared(states, answers, grids)
 
