@@ -63,6 +63,7 @@ class TrainConfig:
     validation: share of the episodes that are held out.
     precision: "float32" or "bfloat16" (matrix products only; weights stay float32), or "auto": bfloat16 where the
         processor has instructions for it, else float32. A run goes on in the precision that it began in.
+    frozen: modules of the model by name, such as "vision_backbone", that stay as `init` has them.
     lora_rank: 0 trains every weight; above, low-rank adapters of the decoder alone, merged into what is shipped.
     checkpoint_seconds, log_seconds: between checkpoints, and between lines of progress.
     """
@@ -95,6 +96,7 @@ class TrainConfig:
     precision: str = "auto"
     device: str = "cpu"
     threads: int = 2
+    frozen: tuple[str, ...] = ()
     lora_rank: int = 0
     checkpoint_seconds: float = 120.0
     log_seconds: float = 20.0
@@ -104,6 +106,7 @@ class TrainConfig:
             raise PolicyError(f"TrainConfig.name is {self.name!r}: it must be a folder's name")
         data = (self.data,) if isinstance(self.data, str) else tuple(self.data)
         object.__setattr__(self, "data", data)
+        object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
         if not data or not all(isinstance(folder, str) and folder for folder in data):
             raise PolicyError(f"TrainConfig.data is {self.data!r}: it must name one folder of demonstrations or more")
         if not self.init and self.model not in NAMED:

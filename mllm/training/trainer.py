@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +65,7 @@ class Trainer:
         self.cumulated = np.cumsum(self.frames.weights(dict(config.phase_weights), dict(config.source_weights)))
         self.learner = Learner(model, config, len(phases)).to(self.device)
         init_heads(self.learner, config.seed)
+        freeze(model, config.frozen)
         if config.lora_rank:
             from mllm.training.lora import add_adapters
 
@@ -211,6 +212,16 @@ def parallel(learner: nn.Module, ranks: int, device: torch.device) -> Iterator[n
         yield nn.parallel.DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=True)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Keeps the weights of modules as they are. Raises PolicyError: the model has no such module."""
+    for name in names:
+        try:
+            model.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            known = ", ".join(child for child, _ in model.named_children())
+            raise PolicyError(f"TrainConfig.frozen: the model has no module {name!r}; it has {known}") from error
 
 
 @torch.no_grad()

@@ -10,10 +10,19 @@ from torch.nn import functional as F  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from mllm import kernels  # noqa: E402
 from mllm.kernels import ONEDNN, ONEDNN_ROWS, SMALL, Linear, attention, product, rms_norm  # noqa: E402
 
 ROWS = [(1,), (1, 1), (1, 1, 1), (3, 1), (ONEDNN_ROWS,), (2, 33), (2, 3, 5)]
 WEIGHTS = [(256, 192), (SMALL // 64 + 8, 64), (SMALL // 63 + 1, 63), (7, 5), (1, 3)]
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
+def library(request, monkeypatch):
+    """Both ways to multiply, whichever suits this processor."""
+    if request.param and not ONEDNN:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(kernels, "WIDE", request.param)
 
 
 def close(ours, expected):
@@ -22,6 +31,7 @@ def close(ours, expected):
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.usefixtures("library")
 @torch.no_grad()
 def test_products_of_every_shape_are_torchs_to_rounding(rows, shape):
     count, size = shape
@@ -35,6 +45,7 @@ def test_products_of_every_shape_are_torchs_to_rounding(rows, shape):
     assert close(product(sparse, turned), linear(sparse, turned))
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("count", [12, 36])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 40)], ids=str)
@@ -49,7 +60,7 @@ def test_gradients_are_torchs_to_rounding(rows, count, biased):
         assert close(gradient, reference)
 
 
-@pytest.mark.skipif(not ONEDNN, reason="this build of torch has no oneDNN")
+@pytest.mark.usefixtures("library")
 def test_frozen_weights_and_frozen_inputs_get_no_gradient():
     layer, x = Linear(24, 36), torch.randn(40, 24)
     layer(x).sum().backward()
@@ -61,6 +72,7 @@ def test_frozen_weights_and_frozen_inputs_get_no_gradient():
     assert close(x.grad, layer.weight.sum(0).expand(40, -1))
 
 
+@pytest.mark.usefixtures("library")
 def test_operations_are_counted_forward_and_backward():
     layer, x = Linear(24, 36), torch.randn(40, 24, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

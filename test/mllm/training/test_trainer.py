@@ -161,6 +161,17 @@ def test_adapters_alone_are_trained_and_the_shipped_model_has_none(settings, tmp
     )
 
 
+def test_frozen_modules_stay_as_they_were_and_the_rest_learns(settings, tmp_path):
+    first = trained(settings, tmp_path / "first", until=1, muon_rate=0.0, adamw_rate=0.0)
+    run = trained(settings, tmp_path / "run", frozen=["vision_backbone"])
+    before, after = first.learner.model.state_dict(), run.learner.model.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    unused = {"language_model.lm_head.weight"}  # the model answers with numbers
+    assert same - unused == {name for name in before if name.startswith("vision_backbone.")}
+    with pytest.raises(PolicyError, match="no module 'eyes'; it has vision_backbone"):
+        trained(settings, tmp_path / "wrong", frozen="eyes")
+
+
 def test_two_processes_learn_what_one_does(settings, tmp_path):
     settings |= {"steps": 3, "shift": 0, "jitter": 0.0, "proprio_noise": 0.0}
     # With one action an answer every sample counts alike, so that the mean of two halves is the mean of the whole.
