@@ -1,7 +1,7 @@
 """The model's inner operations, each by the fastest of torch's kernels for its device, type and shape.
 
-On a CPU torch multiplies float32 matrices by MKL, which leaves half the width of other makers' AVX-512 units unused, and
-bfloat16 ones and convolutions by oneDNN, which does not; its RMS norm is a dozen passes over memory; and its fused
+On a CPU torch multiplies float32 matrices by MKL, which leaves half the width of other makers' AVX-512 units unused,
+and bfloat16 ones and convolutions by oneDNN, which does not; its RMS norm is a dozen passes over memory; and its fused
 attention is slow in bfloat16, most of all backward. Here these go other ways, which differ by rounding only. On other
 devices everything is torch's own.
 """
