@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from mllm.actions import ActionStatistics
 from mllm.checkpoint import load_checkpoint
@@ -28,6 +29,7 @@ def make_model(
     if not config.init:
         return init_random(VLA(fitted(named_config(config.model), config, demos)), config.seed), WordTokenizer()
     loaded, tokenizer = load_checkpoint(config.init)
+    widen(loaded, demos)
     model = init_random(VLA(fitted(loaded.config, config, demos)), config.seed)
     own, given = model.state_dict(), loaded.state_dict()
     shared = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
@@ -45,8 +47,7 @@ def fitted(vla: VLAConfig, config: TrainConfig, demos: Sequence[Demonstration]) 
     }
     names = change.get("proprio", vla.proprio)
     if names != vla.proprio:
-        rows = np.concatenate([np.concatenate([demo.proprio[name] for name in names], axis=1) for demo in demos])
-        low, high = np.quantile(rows, [0.01, 0.99], axis=0)
+        low, high = proprio_range(names, demos)
         change["proprio_statistics"] = ActionStatistics(tuple(low), tuple(high))
     drawn = demos[0].provenance
     render = {key: int(drawn[key]) if drawn[key].isdigit() else drawn[key] for key in RENDER if key in drawn}
@@ -54,3 +55,35 @@ def fitted(vla: VLAConfig, config: TrainConfig, demos: Sequence[Demonstration]) 
         return replace(vla, **{"render": render, **change})
     except TypeError as error:
         raise PolicyError(f"TrainConfig.change: {error}") from error
+
+
+def proprio_range(names: Sequence[str], demos: Sequence[Demonstration]) -> np.ndarray:
+    """(2, numbers): between which of the demonstrations' numbers all but a hundredth at either end lie."""
+    rows = np.concatenate([np.concatenate([demo.proprio[name] for name in names], axis=1) for demo in demos])
+    return np.quantile(rows, [0.01, 0.99], axis=0)
+
+
+@torch.no_grad()
+def widen(model: VLA, demos: Sequence[Demonstration]) -> None:
+    """Lets the range of a model's proprioception hold that of the demonstrations too, where it was narrower.
+
+    What lies outside is clipped, and a model cannot learn from what it does not see: a hand over a floor, say, after
+    training over a table. Answers inside the old range stay what they were, to rounding.
+    """
+    config = model.config
+    if config.proprio_statistics is None or model.proprio_projector is None:
+        return
+    old = np.array([config.proprio_statistics.low, config.proprio_statistics.high])
+    seen = proprio_range(config.proprio, demos)
+    mask = np.array(config.proprio_statistics.mask)  # a number without it is left as it is, whatever its range
+    new = np.where(mask, [np.minimum(old[0], seen[0]), np.maximum(old[1], seen[1])], old)
+    # An input was (2 v - low - high) / (high - low): the new one times `scale` plus `offset`.
+    span = np.where(old[1] > old[0], old[1] - old[0], new[1] - new[0])
+    span = np.where(span > 0, span, 1)
+    scale = np.where(new[1] > new[0], (new[1] - new[0]) / span, 1)
+    offset = (new.sum(0) - old.sum(0)) / span
+    layer = model.proprio_projector.fc1
+    weight = layer.weight.double()
+    layer.bias.add_(weight @ torch.from_numpy(offset))
+    layer.weight.copy_(weight * torch.from_numpy(scale))
+    model.config = replace(config, proprio_statistics=ActionStatistics(tuple(new[0]), tuple(new[1]), tuple(mask)))
