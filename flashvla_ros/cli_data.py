@@ -36,6 +36,9 @@ class Collect:
     draw: Literal["sampled", "shuffled"] = "sampled"
     """Starts as LIBERO draws them, or, in libero_object, with objects that exchange places, any of which may be asked
     for."""
+    cut: int | None = None
+    """End every episode after so many steps, and keep it: many beginnings show what words mean in a scene for the price
+    of a few whole episodes."""
     workers: int = 2
     """Processes; each is one core's worth of work and takes about 2 GB."""
     images: str = "raw"
@@ -63,13 +66,14 @@ class Collect:
             episodes=self.episodes,
             seed=self.seed,
             draw=self.draw,
+            cut=self.cut,
             images=self.images,
             image_size=self.image_size,
             renderer=self.renderer,
             policy=PolicyMix(self.policy, options, self.beta) if self.policy else None,
         )
         end = collect(config, self.out, self.workers, Line())
-        sys.stdout.write(f"{end.successes} successes, {end.failures} failures, {end.errors} errors in this run\n")
+        sys.stdout.write(f"{outcomes(end)} in this run\n")
         if end.errors:
             sys.stderr.write(f"tracebacks are in {self.out / self.suite / 'manifest.json'}\n")
         return 1 if end.errors else 0
@@ -132,6 +136,12 @@ class Calibrate:
         return 0
 
 
+def outcomes(progress: Progress) -> str:
+    """How many episodes of a run ended how."""
+    cut = f"{progress.cut} cut, " if progress.cut else ""
+    return f"{cut}{progress.successes} successes, {progress.failures} failures, {progress.errors} errors"
+
+
 class Line:
     """Progress on stderr: one line that changes on a terminal, a line every half minute in a file."""
 
@@ -145,10 +155,7 @@ class Line:
             return
         self._shown = progress.seconds
         made = progress.done - progress.before
-        text = (
-            f"{progress.done}/{progress.total} episodes: {progress.successes} successes, {progress.failures} failures, "
-            f"{progress.errors} errors"
-        )
+        text = f"{progress.done}/{progress.total} episodes: {outcomes(progress)}"
         if made:
             hourly, rate = made / progress.seconds * 3600, progress.frames / progress.seconds
             text += f"; {hourly:.0f} episodes/h, {rate:.1f} frames/s, {progress.seconds_left / 60:.0f} min left"

@@ -31,8 +31,9 @@ class CollectConfig:
     """What to collect, and how.
 
     tasks: indices; none means all.  episodes: attempted for each task, with the seeds `seed` to `seed + episodes - 1`.
-    images: "raw" or "webp", see `mllm.demonstrations`.  renderer, stepper, image_size, step_limit: see
-    `sim.env.EnvConfig`.
+    images: "raw" or "webp", see `mllm.demonstrations`.  renderer, stepper, image_size: see `sim.env.EnvConfig`.
+    cut: steps after which an episode ends and is kept as it is; None is an episode to its end. Beginnings show what the
+    words mean in many scenes for the price of a few whole episodes.
     draw: how starts are drawn, see `sim.tasks.DRAWS`.
     policy: who acts; None is the expert, disturbed by `noise`.
     turn: episodes of one task before the next one has its turn: few keep a stopped collection balanced, and many build
@@ -47,7 +48,7 @@ class CollectConfig:
     renderer: str = "fast"
     stepper: str = "fast"
     image_size: int = 128
-    step_limit: int | None = None
+    cut: int | None = None
     draw: str = "sampled"
     noise: Noise = field(default_factory=Noise)
     policy: PolicyMix | None = None
@@ -77,7 +78,7 @@ class CollectConfig:
             image_size=self.image_size,
             renderer=self.renderer,
             stepper=self.stepper,
-            step_limit=self.step_limit,
+            step_limit=self.cut,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class Progress:
     """How far a collection is.
 
     done: episodes of `total` that need no more work, `before` of them from earlier runs.
-    successes, failures, errors: of this run.  frames: that it kept.  seconds: since it began.
+    successes, failures, errors, cut: of this run.  frames: that it kept.  seconds: since it began.
     """
 
     total: int
@@ -100,6 +101,7 @@ class Progress:
     successes: int = 0
     failures: int = 0
     errors: int = 0
+    cut: int = 0
     frames: int = 0
     seconds: float = 0.0
 
@@ -110,6 +112,7 @@ class Progress:
             successes=self.successes + (attempt.outcome == "success"),
             failures=self.failures + (attempt.outcome == "failure"),
             errors=self.errors + (attempt.outcome == "error"),
+            cut=self.cut + (attempt.outcome == "cut"),
             frames=self.frames + attempt.steps * attempt.kept,
             seconds=seconds,
         )
@@ -143,10 +146,13 @@ class Collector:
         except Exception:  # of the simulator, the expert or a policy
             self.close()
             return Attempt(task, seed, "error", error=traceback.format_exc())
-        kept = demonstration.success or self._executor.keeps_failures
+        outcome = demonstration.outcome
+        if self._config.cut and not demonstration.success:
+            outcome = "cut"
+        kept = outcome != "failure" or self._executor.keeps_failures
         if kept:
             write_demonstration(self._folder.episode(task, seed), demonstration, self._config.images)
-        return Attempt(task, seed, demonstration.outcome, len(demonstration.actions), kept)
+        return Attempt(task, seed, outcome, len(demonstration.actions), kept)
 
     def _environment(self, task: int) -> LiberoEnv:
         if self._env is None or self._env.task.index != task:

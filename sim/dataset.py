@@ -31,7 +31,7 @@ FORMAT = 1
 class Attempt:
     """How one episode ended.
 
-    outcome: "success", "failure" or "error", which has a traceback in `error`.  steps: control steps taken.
+    outcome: "success", "failure", "cut" or "error", which has a traceback in `error`.  steps: control steps taken.
     kept: whether its file was written.
     """
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mllm.demonstrations import demonstration_files, read_demonstration
@@ -48,3 +49,13 @@ collect({CONFIG!r}, Path({str(killed)!r}), 1, lambda state: print(state.done, fl
         task = json.loads((root / "libero_object" / "manifest.json").read_text())["tasks"]["0"]
         assert (task["demonstrations"], task["failures"], task["errors"]) == (3, {}, {})
     assert collect(CONFIG, killed).before == 3
+
+
+def test_cut_episodes_are_kept_and_ask_for_what_their_seed_draws(tmp_path):
+    config = replace(CONFIG, draw="shuffled", episodes=4, cut=3)
+    end = collect(config, tmp_path, workers=1)
+    assert (end.done, end.cut, end.successes, end.failures, end.frames) == (4, 4, 0, 0, 12)
+    demos = [read_demonstration(path) for path in demonstration_files(tmp_path)]
+    assert [len(demo.actions) for demo in demos] == [3] * 4
+    assert len({demo.instruction for demo in demos}) > 1
+    assert collect(config, tmp_path).before == 4
