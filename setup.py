@@ -61,6 +61,9 @@ setup(
         "experiment": ["scikit-learn>=1.3", "matplotlib>=3.8"],
         # What `flashvla bench quant` compares with.
         "bench": ["onnxruntime>=1.20", "onnx>=1.16", "bitsandbytes>=0.49"],
+        # Packed layers on NVIDIA GPUs, and the tests of those kernels, which need no GPU. PyTorch for CUDA brings it.
+        # It takes 700 MB, so that `make test` does not install it.
+        "triton": ["triton>=3.7"],
         "ray": ["ray>=2.40"],
         "test": [
             "pytest>=8",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from quant import native
+from quant import native, triton_layer
 from quant.errors import QuantError
 from quant.tiles import CHANNELS, INPUTS, LANE
 
@@ -25,7 +25,7 @@ _LIBRARY.define(
 def packed_linear(x: Tensor, *layer: Any) -> Tensor:
     """`_compute`, as an operator where torch looks on; else directly: the way there takes as long as small layers."""
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
-    return torch.ops.flashvla.packed_linear(x, *layer) if watched else _compute(x, *layer)
+    return _compute(x, *layer) if x.is_cpu and not watched else torch.ops.flashvla.packed_linear(x, *layer)
 
 
 def _compute(
@@ -45,10 +45,8 @@ def _compute(
     signed: bool,
 ) -> Tensor:
     """`PackedLinear` on the processor. The arguments are its buffers and its grid of inputs; a step of 0: one a row."""
-    inputs, blocks = x.shape[-1], -(-channels // CHANNELS)
-    shape = (blocks, -(-inputs // INPUTS) * (1 if table is not None else INPUTS // LANE), 4, 4, LANE)
-    if tiles.shape[-5:] != shape or any(len(each) != blocks * CHANNELS for each in (choice, scale, sums)):
-        raise QuantError(f"tiles of shape {tuple(tiles.shape)} are not of {channels} channels and {inputs} inputs")
+    inputs = x.shape[-1]
+    _check(inputs, channels, tiles, 1 if table is not None else INPUTS // LANE, choice, scale, sums)
     given = x.float().contiguous()
     y = torch.empty((*x.shape[:-1], channels), dtype=torch.float32)
     rows = y.numel() // channels if channels else 0
@@ -79,6 +77,31 @@ def _compute(
     return y.to(x.dtype)
 
 
+def _compute_on_gpu(
+    x: Tensor,
+    tiles: Tensor,
+    table: Tensor | None,
+    choice: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    sums: Tensor,
+    channels: int,
+    *grid: Any,
+) -> Tensor:
+    """The same on a GPU, for formats of 4 bits."""
+    if table is None:
+        raise QuantError("the GPU's kernels take codes of 4 bits: use PackedLinear, which computes other formats too")
+    _check(x.shape[-1], channels, tiles, 1, choice, scale, sums)
+    return triton_layer.packed_linear(x, tiles, table, choice, scale, bias, sums, channels, *grid)
+
+
+def _check(inputs: int, channels: int, tiles: Tensor, lanes: int, *each: Tensor) -> None:
+    blocks = -(-channels // CHANNELS)
+    shape = (blocks, -(-inputs // INPUTS) * lanes, 4, 4, LANE)
+    if tiles.shape[-5:] != shape or any(len(one) != blocks * CHANNELS for one in each):
+        raise QuantError(f"tiles of shape {tuple(tiles.shape)} are not of {channels} channels and {inputs} inputs")
+
+
 def _shape(x: Tensor, tiles: Tensor, *rest: object) -> Tensor:
     channels = rest[5]
     assert isinstance(channels, int | torch.SymInt)
@@ -86,4 +109,5 @@ def _shape(x: Tensor, tiles: Tensor, *rest: object) -> Tensor:
 
 
 _LIBRARY.impl("packed_linear", _compute, "CPU")
+_LIBRARY.impl("packed_linear", _compute_on_gpu, "CUDA")
 _LIBRARY.impl("packed_linear", _shape, "Meta")

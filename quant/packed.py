@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant import native, ops
+from quant import native, ops, triton_layer
 from quant.errors import QuantError
 from quant.formats import FloatFormat, codes_of, integers, round_to_grid
 from quant.tiles import CHANNELS, LARGEST, split, tile, untile
@@ -177,15 +177,13 @@ class PackedLinear(nn.Module):
         )
 
     def native(self, device: torch.device) -> bool:
-        """Whether kernels compute the layer for inputs on a device: they are built, and their int32 sums are exact."""
+        """Whether kernels compute the layer for inputs on a device: there are some, and their int32 sums are exact."""
         held: dict[str, Any] = self._buffers
-        return (
-            self.exact
-            and device.type == "cpu"
-            and held["tiles"].dtype is not torch.bfloat16
-            and held["scale"].dtype is torch.float32
-            and native.library() is not None
-        )
+        if not self.exact or held["scale"].dtype is not torch.float32:
+            return False
+        if device.type == "cuda":
+            return all(format.bits == 4 for format in self.formats) and triton_layer.available(device)
+        return device.type == "cpu" and held["tiles"].dtype is not torch.bfloat16 and native.library() is not None
 
     def reference(self, x: Tensor) -> Tensor:
         """`forward` in plain torch on any device, exact up to sums of 2^53."""
