@@ -194,20 +194,42 @@ class DecoderConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+# Of a denoiser's layers, as many as TALoRA's adapters.
+MAX_COPIES = 64
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """Of head "diffusion". times: levels of noise in training.  steps: of the sampler.  width, depth: of the denoiser;
     see `mllm.diffusion.denoiser`.
+    table: of every step, which copy of the denoiser's layers it uses (`quant.talora`); empty where there is one for all.
     """
 
     times: int = 100
     steps: int = 10
     width: int = 256
     depth: int = 3
+    table: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_sizes(self, {"times": (25, 10_000), "width": (2, 32768), "depth": (1, 256)})
         check_sizes(self, {"steps": (1, self.times)})
+        if not isinstance(self.table, (tuple, list)) or len(self.table) not in (0, self.steps):
+            raise PolicyError(
+                f"DiffusionConfig.table is {str(self.table)[:80]}: it must name a copy for each of {self.steps} steps"
+            )
+        object.__setattr__(self, "table", tuple(self.table))
+        whole = all(type(copy) is int for copy in self.table)
+        if not whole or set(self.table) != set(range(self.copies)) or self.copies > MAX_COPIES:
+            raise PolicyError(
+                f"DiffusionConfig.table is {str(self.table)[:80]}: it must be of whole numbers from 0 up, none of them "
+                f"left out, of at most {MAX_COPIES} copies"
+            )
+
+    @property
+    def copies(self) -> int:
+        """Of each of the denoiser's layers; 0 where they are plain ones."""
+        return max(self.table, default=-1) + 1
 
 
 @dataclass(frozen=True)

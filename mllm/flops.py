@@ -66,7 +66,8 @@ def step_flops(
     ids = config.action_bins if restricted else decoder.vocab_size
     head = 2 * decoder.hidden_size * ids if model.action_head is None else _weights(model.action_head)
     if isinstance(model.action_head, DiffusionHead):
-        head_rows, head = model.action_head.schedule.steps, _weights(model.action_head.denoiser)
+        copies = max(config.diffusion.copies, 1)
+        head_rows, head = model.action_head.schedule.steps, _weights(model.action_head.denoiser) // copies
     prefill = head_rows * head + (_weights(proprio) if proprio is not None else 0)
     prefill += prefill_flops(decoder, length, tokens, compress, last)
     decode = 0

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +70,32 @@ class FloatFormat:
         return ((2 << self.mantissa) - 1) << ((1 << self.exponent) - 2)
 
     @property
+    def unit(self) -> float:
+        """Of a number's least step, the multiple at which the steps begin to widen: 2^mantissa."""
+        return float(1 << self.mantissa)
+
+    @property
     def codes(self) -> int:
         return 1 << self.bits
 
     def scale(self, maxval: Tensor) -> Tensor:
         """maxval: what the largest number stands for (above the zero point, if unsigned). Returns the step, float32."""
         return maxval.float() / self.largest
+
+
+@dataclass(frozen=True, eq=False)
+class RowFormats:
+    """Signed formats, one for each row of a matrix, as `quantise` reads them; largest, unit: (N, 1) float32."""
+
+    largest: Tensor
+    unit: Tensor
+    signed: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, formats: Sequence[FloatFormat], choice: Tensor) -> RowFormats:
+        """choice: (N,), which of the formats each row has."""
+        table = torch.tensor([[float(one.largest), one.unit] for one in formats], device=choice.device)
+        return cls(*table[choice.long()].split(1, 1))
 
 
 @cache
@@ -94,17 +115,17 @@ def integers(format: FloatFormat, device: torch.device | str = "cpu") -> Tensor:
     return _integers(format).to(device, copy=True)
 
 
-def round_to_grid(ratio: Tensor, format: FloatFormat) -> Tensor:
+def round_to_grid(ratio: Tensor, format: FloatFormat | RowFormats) -> Tensor:
     """ratio: float32, in units of the smallest step. Returns the format's nearest integer as float32; NaN stays NaN."""
     ratio = ratio.clamp(-format.largest if format.signed else 0, format.largest)
     # The power of two below a number is its exponent's bits alone; below 2^mantissa the step does not shrink further.
-    power = (ratio.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**format.mantissa)
-    step = power.mul_(2.0**-format.mantissa)
+    power = (ratio.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=format.unit)
+    step = power.mul_(1 / format.unit)
     # Adding zero makes negative zero positive.
     return (ratio / step).round_().mul_(step).add_(0.0)
 
 
-def quantise(x: Tensor, format: FloatFormat, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+def quantise(x: Tensor, format: FloatFormat | RowFormats, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """Fake quantisation: x as the format would keep it.
 
     x: any shape, computed in float32.
@@ -118,7 +139,9 @@ def quantise(x: Tensor, format: FloatFormat, scale: Tensor, zero: Tensor | None 
 
 class _Quantise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, format: FloatFormat, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, format: FloatFormat | RowFormats, scale: Tensor, zero: Tensor | None
+    ) -> Tensor:
         ratio = (x if zero is None else x - zero) / scale
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((ratio <= format.largest) & (ratio >= (-format.largest if format.signed else 0)))

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from quant.convert import pack_weight
 from quant.errors import QuantError
-from quant.formats import quantise
+from quant.formats import RowFormats, quantise
 from quant.packed import Activation, PackedLinear
-from quant.search import WeightGrid
+from quant.search import TINY, WeightGrid
 
 # Logits by which a step favours its first adapter, for each adapter's share of the steps that lies between them.
 SPREAD = 2.0
@@ -47,10 +47,20 @@ class TaloraConfig:
 
 @dataclass(frozen=True)
 class LayerGrids:
-    """How a linear layer is quantised: its weights by channel, its inputs by one static grid."""
+    """How a linear layer is quantised: its weights by channel, its inputs by one static grid, or None: not at all."""
 
     weight: WeightGrid
-    inputs: Activation
+    inputs: Activation | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: nn.Linear, packed: PackedLinear) -> LayerGrids:
+        """Those that `quant.convert` found for a layer, of what it made of it."""
+        weight, rows = layer.weight.detach().double(), packed.out_features
+        error = (weight - packed.weight()).square().sum(1)
+        nmse = float(error.sum() / weight.square().sum().clamp(min=TINY))
+        grid = WeightGrid(packed.formats, packed.choice[:rows], packed.scale[:rows], error, nmse)
+        return cls(grid, packed.activation)
 
 
 class AdaptedLinear(nn.Module):
@@ -73,24 +83,22 @@ class AdaptedLinear(nn.Module):
         self.down = nn.Parameter(first)
         self.up = nn.Parameter(torch.zeros(adapters, outputs, rank))
         self.gate = torch.zeros(adapters)
-        choice = grids.weight.choice
-        self._rows = [(format, (choice == index).nonzero()[:, 0]) for index, format in enumerate(grids.weight.formats)]
-        self._order = torch.cat([rows for _, rows in self._rows]).argsort()
+        self._formats = RowFormats.of(grids.weight.formats, grids.weight.choice)
 
     def merged(self, gate: Tensor) -> Tensor:
         """gate: (h,). Returns (N, K), not yet quantised."""
-        return self.weight + torch.einsum("h,hnr,hrk->nk", gate, self.up, self.down)
+        up = (self.up * gate[:, None, None]).transpose(0, 1).flatten(1)
+        return torch.addmm(self.weight, up, self.down.flatten(0, 1))
 
     def quantised(self, gate: Tensor) -> Tensor:
         """gate: (h,). Returns (N, K): the numbers that codes will stand for, with a straight-through gradient."""
-        merged, grid = self.merged(gate), self.grids.weight
-        parts = [quantise(merged[rows], format, grid.scale[rows, None]) for format, rows in self._rows]
-        return torch.cat(parts)[self._order]
+        return quantise(self.merged(gate), self._formats, self.grids.weight.scale[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = self.grids.inputs
-        zero = torch.tensor(inputs.zero) if inputs.zero else None
-        x = quantise(x, inputs.format, torch.tensor(inputs.scale), zero)
+        if inputs is not None:
+            zero = torch.tensor(inputs.zero) if inputs.zero else None
+            x = quantise(x, inputs.format, torch.tensor(inputs.scale), zero)
         return F.linear(x, self.quantised(self.gate), self.bias)
 
     @torch.no_grad()
@@ -183,14 +191,20 @@ class Talora(nn.Module):
         return [0] * steps if self.router is None else self.router.table()
 
     def deploy(self, steps: int) -> Deployed:
-        """The model with packed weights, as it is used: nothing of it can be trained."""
-        return Deployed(self, steps)
+        """A copy of the model with packed weights, as it is used: nothing of it can be trained."""
+        chosen = self.table(steps)
+        used = sorted(set(chosen))
+        model = copy.deepcopy(self.model)
+        for name, layer in self.layers().items():
+            adapters = used if len(layer.gate) else [None]
+            model.set_submodule(name, Copies([layer.packed(adapter) for adapter in adapters]))
+        return Deployed(model, [used.index(adapter) for adapter in chosen])
 
 
-class PackedCopies(nn.Module):
-    """A layer's packed weights under each adapter that is used; `use` says which counts."""
+class Copies(nn.Module):
+    """A layer as it is under each adapter that is used; `use` says which counts."""
 
-    def __init__(self, copies: Sequence[PackedLinear]) -> None:
+    def __init__(self, copies: Sequence[nn.Module]) -> None:
         super().__init__()
         self.copies = nn.ModuleList(copies)
         self.use = 0
@@ -199,22 +213,12 @@ class PackedCopies(nn.Module):
         return self.copies[self.use](x)
 
 
-class Deployed(nn.Module):
-    """`Talora` when it is used: for every step a place in the copies, and the copies.
+class Deployed:
+    """A model whose layers may be `Copies`, and the table of a sampler: of every step, which of them counts."""
 
-    table: of every step its adapter's place among those that any step uses.
-    """
-
-    def __init__(self, trained: Talora, steps: int) -> None:
-        super().__init__()
-        chosen = trained.table(steps)
-        used = sorted(set(chosen))
-        self.table = [used.index(adapter) for adapter in chosen]
-        self.model = copy.deepcopy(trained.model)
-        for name, layer in trained.layers().items():
-            adapters = used if len(layer.gate) else [None]
-            self.model.set_submodule(name, PackedCopies([layer.packed(adapter) for adapter in adapters]))
-        self._layers = [layer for layer in self.model.modules() if isinstance(layer, PackedCopies)]
+    def __init__(self, model: nn.Module, table: Sequence[int]) -> None:
+        self.model, self.table = model, list(table)
+        self._layers = [layer for layer in model.modules() if isinstance(layer, Copies)]
 
     def at(self, step: int) -> nn.Module:
         """See `Talora.at`."""
@@ -223,5 +227,5 @@ class Deployed(nn.Module):
         return self.model
 
     def packed_bytes(self) -> int:
-        """Of the weights of the packed layers: codes, scales, biases and sums, of all copies."""
+        """Of the weights of the layers that are copied: codes, scales, biases and sums, of all copies."""
         return sum(buffer.numel() * buffer.element_size() for layer in self._layers for buffer in layer.buffers())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,9 +12,9 @@ from mllm.diffusion.denoiser import Denoiser, sinusoids
 from mllm.diffusion.schedule import Schedule
 from mllm.errors import PolicyError
 from quant.calibration import calibrate
-from quant.convert import search_activation
+from quant.config import MSFPConfig
+from quant.convert import quantise_layer
 from quant.dfa import DistilConfig, distil, normalised
-from quant.search import input_candidates, search_weight, weight_candidates
 from quant.talora import LayerGrids, Talora, TaloraConfig
 
 # The first layers, which read what the denoiser is given, and the last. Four bits of a timestep's sines tell neighbours
@@ -120,29 +120,33 @@ class Prepared:
 @torch.no_grad()
 def prepare(subject: Subject, families: set[str], config: QuantiseConfig) -> Prepared:
     """Runs the full-precision sampler once, and searches grids for what its layers were given."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def run() -> None:
-        subject.schedule.sample(
-            lambda step, x: subject.model(x, _times(subject.schedule, step, x), subject.condition),
-            subject.noise,
-            lambda step, x, found: seen.append((x, found)),
-        )
-
-    inputs = calibrate(subject.model, run, SAMPLE)
+    taught: list[tuple[Tensor, Tensor]] = []
+    inputs = calibrate(subject.model, lambda: taught.append(teach(subject)), SAMPLE)
+    least = dict.fromkeys(ENDS, (config.ends, config.ends))
     grids: dict[str, dict[str, LayerGrids]] = {}
     for family in families:
+        how = MSFPConfig(config.bits, config.bits, family, least=least)
         grids[family] = {}
         for name, given in inputs.items():
-            bits = config.ends if name in ENDS else config.bits
             layer = subject.model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            weight = search_weight(layer.weight, weight_candidates(family, bits))
-            tried = input_candidates(family, bits, given.anomalous)
-            activation, _ = search_activation(given.sample, given.minimum, given.maximum, tried)
-            grids[family][name] = LayerGrids(weight, activation)
+            grids[family][name] = LayerGrids.of(layer, quantise_layer(name, layer, how, given)[0])
+    return Prepared(*taught[0], grids)
+
+
+@torch.no_grad()
+def teach(subject: Subject) -> tuple[Tensor, Tensor]:
+    """The states that the full-precision model sees in each step of the sampler, and its answers to them, both (steps,
+    n, numbers).
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    subject.schedule.sample(
+        lambda step, x: subject.model(x, _times(subject.schedule, step, x), subject.condition),
+        subject.noise,
+        lambda step, x, found: seen.append((x, found)),
+    )
     states, answers = (torch.stack(rows) for rows in zip(*seen, strict=True))
-    return Prepared(states, answers, grids)
+    return states, answers
 
 
 def make(arm: Arm, subject: Subject, prepared: Prepared, config: QuantiseConfig, seed: int = 0) -> Made:
@@ -154,17 +158,35 @@ def make(arm: Arm, subject: Subject, prepared: Prepared, config: QuantiseConfig,
         return Made(lambda step: subject.model)
     count = {"": 0, "lora": 1, "wide": 1, "talora": config.adapters}[arm.adapters]
     rank = config.rank * (config.adapters if arm.adapters == "wide" else 1)
-    schedule = subject.schedule
-    embeddings = sinusoids(torch.tensor(schedule.visited), 32)
-    talora = Talora(subject.model, prepared.grids[arm.family], TaloraConfig(count, rank, seed=seed), embeddings)
-    if not count:
-        return Made(talora.at, talora)
+    size, how = TaloraConfig(count, rank, seed=seed), replace(config.distil, seed=seed)
+    talora, losses = fine_tune(
+        subject, prepared.grids[arm.family], (prepared.states, prepared.answers), size, how, arm.dfa
+    )
+    return Made(talora.at, talora, tuple(losses))
+
+
+def fine_tune(
+    subject: Subject,
+    grids: Mapping[str, LayerGrids],
+    taught: tuple[Tensor, Tensor],
+    size: TaloraConfig,
+    how: DistilConfig,
+    dfa: bool,
+) -> tuple[Talora, list[float]]:
+    """The model quantised, with adapters that were trained where `size` has any, and the losses; not to be trained on.
+
+    grids: of its layers, by name.  taught: of `teach`.  dfa: whether the loss weighs steps by gamma.
+    """
+    schedule, (states, answers) = subject.schedule, taught
+    talora = Talora(subject.model, grids, size, sinusoids(torch.tensor(schedule.visited), 32))
+    if not size.adapters:
+        return talora, []
 
     def student(step: int, rows: Tensor) -> Tensor:
-        x = prepared.states[step, rows]
+        x = states[step, rows]
         condition = None if subject.condition is None else subject.condition[rows]
         return talora.at(step)(x, _times(schedule, step, x), condition)
 
-    gamma = normalised(schedule.gamma).float() if arm.dfa else None
-    losses = distil(student, prepared.answers, talora.trained(), replace(config.distil, seed=seed), gamma)
-    return Made(talora.at, talora.requires_grad_(False), tuple(losses))
+    gamma = normalised(schedule.gamma).float() if dfa else None
+    losses = distil(student, answers, talora.trained(), how, gamma)
+    return talora.requires_grad_(False), losses

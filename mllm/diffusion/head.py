@@ -4,6 +4,8 @@ Chi et al., arXiv 2303.04137).
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from mllm.config import DiffusionConfig
 from mllm.diffusion.denoiser import Denoiser, DenoiserConfig
 from mllm.diffusion.schedule import Schedule
+from quant.talora import Copies, Deployed
 
 # Levels of noise that each sample of a batch is trained on: a pass of the backbone costs far more than one of the head.
 DRAWS = 4
@@ -30,13 +33,18 @@ class DiffusionHead(nn.Module):
         self.schedule = Schedule(config.times, config.steps, LIMIT)
         row = chunk * numbers
         self.denoiser = Denoiser(DenoiserConfig(row, config.width, config.depth, condition=chunk * hidden))
+        if config.copies:
+            for name, layer in list(self.denoiser.named_modules()):
+                if isinstance(layer, nn.Linear):
+                    self.denoiser.set_submodule(name, Copies([deepcopy(layer) for _ in range(config.copies)]))
+        self.deployed = Deployed(self.denoiser, config.table)
         self.register_buffer("noise", torch.randn(chunk, numbers, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (B, chunk, hidden). Returns (B, chunk, numbers)."""
         condition = hidden.flatten(1)
         drawn = self.schedule.sample(
-            lambda step, x: self.denoiser(x, self.level(step, len(x)), condition),
+            lambda step, x: self.deployed.at(step)(x, self.level(step, len(x)), condition),
             self.noise.to(hidden.dtype).flatten().expand(len(hidden), -1),
         )
         return drawn.unflatten(1, self.noise.shape)

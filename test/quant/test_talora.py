@@ -15,7 +15,7 @@ from quant.errors import QuantError  # noqa: E402
 from quant.formats import quantise  # noqa: E402
 from quant.packed import Activation, PackedLinear  # noqa: E402
 from quant.search import FAMILIES, input_candidates, search_input, search_weight, weight_candidates  # noqa: E402
-from quant.talora import AdaptedLinear, LayerGrids, PackedCopies, Talora, TaloraConfig  # noqa: E402
+from quant.talora import AdaptedLinear, Copies, LayerGrids, Talora, TaloraConfig  # noqa: E402
 
 STEPS = 6
 
@@ -142,7 +142,7 @@ def test_deployed_each_step_reads_the_packed_copy_of_its_adapter_and_unused_ones
     table = talora.table(STEPS)
     assert 1 not in table
     deployed = talora.requires_grad_(False).deploy(STEPS)
-    copies = [layer for layer in deployed.modules() if isinstance(layer, PackedCopies)]
+    copies = [layer for layer in deployed.model.modules() if isinstance(layer, Copies)]
     assert [len(layer.copies) for layer in copies] == [len(set(table))] * 2
     for step in range(STEPS):
         expected = talora.at(step)(x)
@@ -150,7 +150,7 @@ def test_deployed_each_step_reads_the_packed_copy_of_its_adapter_and_unused_ones
         assert talora.layers()["first"].gate.argmax() == table[step]
     assert deployed.packed_bytes() == sum(
         buffer.numel() * buffer.element_size()
-        for layer in deployed.modules()
+        for layer in deployed.model.modules()
         if isinstance(layer, PackedLinear)
         for buffer in layer.buffers()
     )
