@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from mllm.diffusion.experiment import Task
+    from mllm.diffusion.fit import FitConfig
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Test what is claimed: `msfp` is MSFP, TALoRA and DFA against integers, signed formats and plain LoRA, on a small
-    diffusion model of handwritten digits, all arms alike.
+    """Test what is claimed: `msfp` is MSFP, TALoRA and DFA against integers, signed formats and plain LoRA, all arms
+    alike, on a small diffusion model of handwritten digits; or, with --demonstrations, on a diffusion action head.
 
     Kill it whenever you like: the same command goes on. Writes rows, models, a table as JSON and a picture.
     """
@@ -34,10 +38,10 @@ class Experiment:
     fit_steps: int = 5000
     """Of training the full-precision model."""
     samples: int = 10_000
-    """Drawn by every arm."""
+    """Digits drawn by every arm."""
     demonstrations: tuple[str, ...] = ()
-    """Folders, as flashvla collect writes them: an action head is put to the same test, on what the model's slots say
-    about their frames."""
+    """Folders, as flashvla collect writes them: in place of digits an action head is put to the test, on what the
+    model's slots say about their frames. Every fifth demonstration's are only for measuring."""
     frames: int = 4000
     """Of the demonstrations."""
     checkpoint: str = ""
@@ -52,23 +56,27 @@ class Experiment:
 
         from flashvla_ros.experiment_table import show
         from mllm.diffusion.arms import QuantiseConfig
-        from mllm.diffusion.digits_task import DigitsTask
-        from mllm.diffusion.experiment import ExperimentConfig, Task
+        from mllm.diffusion.experiment import ExperimentConfig
         from mllm.diffusion.fit import FitConfig
         from quant.dfa import DistilConfig
 
         torch.set_num_threads(self.threads)
         distil = DistilConfig(updates=self.updates)
         quantise = QuantiseConfig(self.bits, adapters=self.adapters, rank=self.rank, distil=distil)
-        digits = DigitsTask(self.out, fit=FitConfig(self.fit_steps, batch=128), samples=self.samples)
-        tasks: list[Task] = [digits]
-        if self.demonstrations:
-            from mllm.diffusion.head_task import HeadTask, record_features
-            from mllm.hf_config import WEIGHTS
+        task = self.task(FitConfig(self.fit_steps, batch=128))
+        return show(self.out, [task], ExperimentConfig(self.seeds, quantise), self.json)
 
-            features = record_features(self.checkpoint or WEIGHTS / "mini", self.demonstrations, self.frames)
-            tasks.append(HeadTask(self.out, features, fit=FitConfig(self.fit_steps, batch=128)))
-        return show(self.out, tasks, ExperimentConfig(self.seeds, quantise), self.json)
+    def task(self, fit: FitConfig) -> Task:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.demonstrations:
+            from mllm.diffusion.digits_task import DigitsTask
+
+            return DigitsTask(self.out, fit=fit, samples=self.samples)
+        from mllm.diffusion.head_task import HeadTask, kept_features
+        from mllm.hf_config import WEIGHTS
+
+        checkpoint, path = self.checkpoint or str(WEIGHTS / "mini"), self.out / "features.safetensors"
+        return HeadTask(self.out, kept_features(path, checkpoint, self.demonstrations, self.frames), fit=fit)
 
 
 COMMANDS = {"experiment": Experiment}

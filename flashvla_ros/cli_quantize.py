@@ -12,6 +12,7 @@ import tyro
 from flashvla_ros.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from mllm.diffusion.tune import TuneConfig
     from mllm.sweep import Clip
     from mllm.vla_policy import VLAPolicy
 
@@ -49,6 +50,18 @@ class Quantize:
     """Looked at to compare the actions, of other episodes."""
     sensitivity: bool = False
     """Also quantise every group of layers alone, to see which of them cost most."""
+    talora: bool = False
+    """Of a policy with a diffusion head: the head has as few bits as the rest, but for its first and last layers, and
+    is fine-tuned without data by adapters of low rank, of which each step of the sampler has one; they are merged
+    before quantising."""
+    dfa: bool = False
+    """With --talora: a step's error counts as much as the sampler makes of it."""
+    adapters: int = 2
+    """Of TALoRA, in each layer; 1 is plain LoRA."""
+    rank: int = 2
+    """Of an adapter."""
+    updates: int = 1200
+    """Of TALoRA's fine-tuning."""
     seed: int = 0
     """Of the episodes and of what is drawn from them."""
     json: bool = False
@@ -56,6 +69,7 @@ class Quantize:
 
     def run(self) -> int:
         from flashvla_ros.quantize import quantize
+        from mllm.diffusion.tune import diffusion_head
         from mllm.policy import make_policy
         from mllm.quantise import vla_config
         from mllm.vla_policy import VLAPolicy
@@ -67,10 +81,25 @@ class Quantize:
         policy = make_policy(self.policy)
         if not isinstance(policy, VLAPolicy):
             raise ConfigurationError(f"policy '{self.policy}' is no model of mllm: name mini or a folder of weights")
-        config = vla_config(self.bits, None if self.act_bits == 16 else self.act_bits, self.family)
+        tune = self.tune()
+        if tune is not None:
+            diffusion_head(policy.model)
+        config = vla_config(self.bits, None if self.act_bits == 16 else self.act_bits, self.family, tune is not None)
         facts = {"policy": self.policy, "calibration": self.calibration, "seed": self.seed}
-        quantize(policy, config, self.clips(policy), self.check, self.out, facts, self.sensitivity, self.json)
+        quantize(policy, config, self.clips(policy), self.check, self.out, facts, self.sensitivity, self.json, tune)
         return 0
+
+    def tune(self) -> TuneConfig | None:
+        from mllm.diffusion.tune import TuneConfig
+        from quant.dfa import DistilConfig
+        from quant.talora import TaloraConfig
+
+        if not self.talora:
+            if self.dfa:
+                raise ConfigurationError("--dfa says how --talora fine-tunes: give both")
+            return None
+        distil = DistilConfig(self.updates, seed=self.seed)
+        return TuneConfig(TaloraConfig(self.adapters, self.rank, seed=self.seed), distil, self.dfa)
 
     def clips(self, policy: VLAPolicy) -> list[Clip]:
         """Recorded observations, each with those that follow until the policy looks again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 from flashvla_ros.console import table_console
 from flashvla_ros.quantize_plot import draw_report
 from mllm.checkpoint import save_checkpoint, write_json
+from mllm.diffusion.tune import TuneConfig, diffusion_head, tune_head_
 from mllm.quantise import hold_out, observe, quantised, sensitivity
 from mllm.sweep import Clip, deviation, replay
 from mllm.vla_policy import VLAPolicy
@@ -32,12 +34,15 @@ def quantize(
     facts: Mapping[str, Any],
     sensitive: bool,
     json_output: bool,
+    tune: TuneConfig | None = None,
 ) -> None:
     """Calibrates on the clips but for about `check` of them, on which the actions are compared; writes `out`.
 
     facts: what the report says too.  sensitive: whether each group of layers is tried alone.
+    tune: how the diffusion head is fine-tuned, if it is.
     """
     console = table_console(json_output)
+    teacher = None if tune is None else copy.deepcopy(diffusion_head(policy.model).denoiser)
     seen_clips, checked = hold_out(clips, check)
     reference = replay(policy, checked)
     seen = observe(policy, seen_clips)
@@ -48,6 +53,10 @@ def quantize(
             sys.stderr.write(f"{group} alone: error {groups[-1]['error']['mean']:.5f}\n")
     with quantised(policy, config, seen) as report:
         moved = _apart(deviation(reference, replay(policy, checked)))
+        tuned: dict[str, Any] = {}
+        if tune is not None and teacher is not None:
+            tuned = {"config": asdict(tune), "untuned": moved, **tune_head_(policy, teacher, seen_clips, tune)}
+            moved = _apart(deviation(reference, replay(policy, checked)))
         save_checkpoint(out, policy.model, policy.tokenizer)
     found = {
         **facts,
@@ -55,6 +64,7 @@ def quantize(
         "observations": len(seen_clips),
         "checked": {"clips": len(checked), "actions": sum(len(one) for one in reference.actions), **moved},
         "groups": groups,
+        **({"head": tuned} if tuned else {}),
         **report.to_json(),
         "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
     }
@@ -65,6 +75,13 @@ def quantize(
         console.print(f"left as it is: {one.name} ({one.kind}, {one.numbers} numbers): {one.why}", highlight=False)
     if groups:
         console.print(groups_table(groups))
+    if tuned:
+        console.print(
+            f"the head's loss went from {tuned['first']:.3g} to {tuned['last']:.3g}; its steps use the copies "
+            f"{tuned['table']}; before that, error of the pose {_shown(tuned['untuned']['error'])}, gripper "
+            f"{_shown(tuned['untuned']['gripper'], 100)} %",
+            highlight=False,
+        )
     console.print(
         f"{len(checked)} looks of other episodes: error of the pose {_shown(moved['error'])}, another command of the "
         f"gripper in {_shown(moved['gripper'], 100)} % of the steps",

@@ -219,8 +219,8 @@ class DiffusionConfig:
                 f"DiffusionConfig.table is {str(self.table)[:80]}: it must name a copy for each of {self.steps} steps"
             )
         object.__setattr__(self, "table", tuple(self.table))
-        whole = all(type(copy) is int for copy in self.table)
-        if not whole or set(self.table) != set(range(self.copies)) or self.copies > MAX_COPIES:
+        known = all(type(copy) is int and 0 <= copy < MAX_COPIES for copy in self.table)
+        if not known or set(self.table) != set(range(self.copies)):
             raise PolicyError(
                 f"DiffusionConfig.table is {str(self.table)[:80]}: it must be of whole numbers from 0 up, none of them "
                 f"left out, of at most {MAX_COPIES} copies"

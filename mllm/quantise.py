@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from torch import nn
 
+from mllm.diffusion.arms import ENDS
 from mllm.errors import PolicyError
 from mllm.sweep import Clip, Replay, deviation, replay
 from mllm.vla_policy import VLAPolicy
@@ -19,15 +20,20 @@ from quant.packed import PackedLinear
 
 # What goes to the robot is a few numbers, each of which counts.
 LEAST = {"action_head.*": (8, 8)}
+# Where the head is fine-tuned, only its first layers and its last.
+TUNED = {f"action_head.denoiser.{name}": (8, 8) for name in ENDS}
 EXCLUDE = {
     "proprio_projector.*": "the robot's state counts to the digit, and is one token",
     "language_model.lm_head": "of its rows only those of the action tokens are read",
 }
 
 
-def vla_config(bits: int = 4, act_bits: int | None = 6, family: str = "msfp") -> MSFPConfig:
-    """How the layers of a `mllm.vla.VLA` are quantised; see `MSFPConfig`."""
-    return MSFPConfig(bits, act_bits, family, least=LEAST, exclude=EXCLUDE)
+def vla_config(bits: int = 4, act_bits: int | None = 6, family: str = "msfp", tuned_head: bool = False) -> MSFPConfig:
+    """How the layers of a `mllm.vla.VLA` are quantised; see `MSFPConfig`.
+
+    tuned_head: whether `mllm.diffusion.tune` follows, so that the head can do with fewer bits too.
+    """
+    return MSFPConfig(bits, act_bits, family, least=TUNED if tuned_head else LEAST, exclude=EXCLUDE)
 
 
 def observe(policy: VLAPolicy, clips: Sequence[Clip]) -> dict[str, Inputs]:
@@ -48,13 +54,15 @@ def quantised(
     seen: Mapping[str, Inputs],
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> Iterator[Report]:
-    """The policy's model is quantised within, and afterwards as it was."""
-    before = {name: policy.model.get_submodule(name) for name in seen}
+    """The policy's model is quantised within, and afterwards as it was, with its own head."""
+    model = policy.model
+    before, head, described = {name: model.get_submodule(name) for name in seen}, model.action_head, model.config
     try:
-        yield quantize_(policy.model, config, seen, filter_fn)
+        yield quantize_(model, config, seen, filter_fn)
     finally:
+        model.action_head, model.config = head, described
         for name, layer in before.items():
-            replace_(policy.model, name, layer)
+            replace_(model, name, layer)
 
 
 def hold_out(clips: Sequence[Clip], count: int, seed: int = 0) -> tuple[list[Clip], list[Clip]]:

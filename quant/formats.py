@@ -139,9 +139,7 @@ def quantise(x: Tensor, format: FloatFormat | RowFormats, scale: Tensor, zero: T
 
 class _Quantise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, format: FloatFormat | RowFormats, scale: Tensor, zero: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, format: FloatFormat | RowFormats, scale: Tensor, zero: Tensor | None) -> Tensor:
         ratio = (x if zero is None else x - zero) / scale
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((ratio <= format.largest) & (ratio >= (-format.largest if format.signed else 0)))

@@ -190,8 +190,10 @@ class Talora(nn.Module):
         """Of each of so many steps its adapter."""
         return [0] * steps if self.router is None else self.router.table()
 
+    @torch.no_grad()
     def deploy(self, steps: int) -> Deployed:
         """A copy of the model with packed weights, as it is used: nothing of it can be trained."""
+        self.at(0)  # a gate that has a gradient cannot be copied
         chosen = self.table(steps)
         used = sorted(set(chosen))
         model = copy.deepcopy(self.model)

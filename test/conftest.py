@@ -116,6 +116,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_diffusion(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` with a diffusion head, which draws chunks of three actions in four steps."""
+    from dataclasses import replace
+
+    from mllm.checkpoint import load_checkpoint, save_checkpoint
+    from mllm.config import DiffusionConfig
+    from mllm.vla import VLA, init_random
+
+    loaded, tokenizer = load_checkpoint(tiny)
+    small = DiffusionConfig(50, 4, width=16, depth=1)
+    config = replace(loaded.config, decoding="slots", chunk=3, execute=2, head="diffusion", diffusion=small)
+    folder = tmp_path_factory.mktemp("tiny_diffusion")
+    save_checkpoint(folder, init_random(VLA(config), 1), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def their_llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     """A small random LLaVA of transformers' own, its processor, and the folder into which transformers saved both.
 

@@ -4,7 +4,7 @@ Chi et al., arXiv 2303.04137).
 
 from __future__ import annotations
 
-from copy import deepcopy
+import copy
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class DiffusionHead(nn.Module):
         if config.copies:
             for name, layer in list(self.denoiser.named_modules()):
                 if isinstance(layer, nn.Linear):
-                    self.denoiser.set_submodule(name, Copies([deepcopy(layer) for _ in range(config.copies)]))
+                    self.denoiser.set_submodule(name, Copies([copy.deepcopy(layer) for _ in range(config.copies)]))
         self.deployed = Deployed(self.denoiser, config.table)
         self.register_buffer("noise", torch.randn(chunk, numbers, generator=torch.Generator().manual_seed(0)))
 
@@ -48,6 +48,13 @@ class DiffusionHead(nn.Module):
             self.noise.to(hidden.dtype).flatten().expand(len(hidden), -1),
         )
         return drawn.unflatten(1, self.noise.shape)
+
+    def with_weights(self, deployed: Deployed) -> DiffusionHead:
+        """A head with another denoiser and table, and everything else of this one."""
+        head = copy.copy(self)
+        head._modules = self._modules.copy()
+        head.denoiser, head.deployed = deployed.model, deployed  # type: ignore[assignment]
+        return head
 
     def level(self, step: int, rows: int) -> Tensor:
         """(rows,): the level of noise in a step of the sampler."""

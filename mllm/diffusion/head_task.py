@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mllm.checkpoint import load_checkpoint
@@ -21,6 +23,7 @@ from mllm.diffusion.fit import FitConfig, fitted
 from mllm.diffusion.head import LIMIT
 from mllm.diffusion.schedule import Schedule
 from mllm.errors import PolicyError
+from mllm.tensor_file import read_metadata
 from mllm.training.config import TrainConfig
 from mllm.training.data import Frames, find_demonstrations
 from mllm.training.learner import Learner
@@ -70,6 +73,23 @@ def record_features(checkpoint: str | Path, folders: Sequence[str], count: int, 
         hidden.append(model.one_pass(*model.prompt(visual, batch.texts, learner.proprio(batch, None))).flatten(1))
         actions.append(torch.from_numpy(learner.normalised(batch.actions)).float().flatten(1))
     return Features(torch.cat(hidden), torch.cat(actions), torch.from_numpy(frames.episode[places]))
+
+
+def kept_features(path: Path, checkpoint: str | Path, folders: Sequence[str], count: int) -> Features:
+    """Those that `path` holds, or `record_features`, kept there.
+
+    Raises PolicyError: see there; or the file was made of something else.
+    """
+    asked = json.dumps({"checkpoint": str(checkpoint), "folders": list(folders), "count": count})
+    if not path.is_file():
+        features = record_features(checkpoint, folders, count)
+        part = path.with_suffix(".part")
+        save_file(vars(features), part, {"asked": asked})
+        part.replace(path)
+    was = read_metadata(path).get("asked", "nothing")
+    if was != asked:
+        raise PolicyError(f"{path} holds the features of {was}, and {asked} was asked for: name another folder")
+    return Features(**load_file(path))
 
 
 @dataclass(frozen=True)

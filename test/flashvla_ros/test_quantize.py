@@ -16,9 +16,9 @@ from quant.packed import PackedLinear
 
 @pytest.fixture
 def quantize(tiny, demonstrations, tmp_path):
-    def run(*options):
+    def run(*options, policy=tiny):
         given = ["--calibration", str(demonstrations), "--observations", "6", "--check", "4", "--out", str(tmp_path)]
-        return main(["quantize", str(tiny), *given, *options]), tmp_path
+        return main(["quantize", str(policy), *given, *options]), tmp_path
 
     return run
 
@@ -51,9 +51,27 @@ def test_it_prints_a_row_for_every_layer_and_why_others_were_left(quantize, caps
     assert "error of the pose" in said
 
 
+def test_talora_fine_tunes_a_diffusion_head_and_another_is_refused(quantize, tiny_diffusion, capsys):
+    options = ("--talora", "--dfa", "--act-bits", "4", "--adapters", "3", "--updates", "12", "--json")
+    status, out = quantize(*options, policy=tiny_diffusion)
+    assert status == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["head"]["config"]["dfa"] is True
+    assert set(printed["head"]["untuned"]) == {"error", "gripper"}
+    policy = make_policy(str(out))
+    assert list(policy.config.diffusion.table) == printed["head"]["table"]
+    assert policy.config.diffusion.copies == 3
+    assert {one["name"]: one["formats"] for one in printed["layers"]}["action_head.denoiser.time2"].keys() <= {
+        *("E1M2", "E2M1", "E3M0")
+    }
+    assert quantize("--talora")[0] == 2
+    assert "head is 'tokens'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["mini", "--dfa"], "--dfa says how --talora fine-tunes"),
         (["hold"], "policy 'hold' is no model of mllm"),
         (["nowhere"], "no policy is called"),
         (["--check", "0"], "--check 0: both must be 1 or more"),
