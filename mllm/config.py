@@ -202,7 +202,7 @@ MAX_COPIES = 64
 class DiffusionConfig:
     """Of head "diffusion". times: levels of noise in training.  steps: of the sampler.  width, depth: of the denoiser;
     see `mllm.diffusion.denoiser`.
-    table: of every step, which copy of the denoiser's layers it uses (`quant.talora`); empty where there is one for all.
+    table: of every step, which copy of the denoiser's layers it uses (`quant.talora`); empty: they have none.
     """
 
     times: int = 100

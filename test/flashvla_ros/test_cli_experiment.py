@@ -33,3 +33,19 @@ def test_msfp_writes_rows_a_table_and_a_picture_and_adds_nothing_when_run_again(
     assert (out / "rows.jsonl").read_bytes() == rows
     assert main(["experiment", "msfp", str(out), *QUICK, "--rank", "3"]) == 2
     assert "rank" in capsys.readouterr().err
+
+
+def test_with_demonstrations_an_action_head_is_put_to_the_test(
+    tmp_path: Path, tiny_diffusion: Path, demonstrations: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--demonstrations", str(demonstrations), "--checkpoint", str(tiny_diffusion), "--frames", "24"]
+    assert main(["experiment", "msfp", str(tmp_path), *QUICK, *given]) == 0
+    outcomes = json.loads(capsys.readouterr().out)["outcomes"]
+    assert list(outcomes) == ["action head"]
+    assert {metric: len(arms) for metric, arms in outcomes["action head"].items()} == {
+        "apart": 11,
+        "pose apart": 11,
+        "error": 11,
+    }
+    assert (tmp_path / "features.safetensors").is_file()
+    assert (tmp_path / "action head.png").read_bytes().startswith(b"\x89PNG")

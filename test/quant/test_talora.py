@@ -11,6 +11,9 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 
+from quant.calibration import calibrate  # noqa: E402
+from quant.config import MSFPConfig  # noqa: E402
+from quant.convert import quantise_layer  # noqa: E402
 from quant.errors import QuantError  # noqa: E402
 from quant.formats import quantise  # noqa: E402
 from quant.packed import Activation, PackedLinear  # noqa: E402
@@ -106,6 +109,20 @@ def test_without_adapters_it_is_the_quantised_model_and_new_adapters_change_noth
     expected = model.second(F.silu(F.linear(inputs, layer.quantised(torch.zeros(4)), model.first.bias)))
     for output in outputs:
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("act_bits", [4, None])
+def test_the_grids_of_a_packed_layer_make_the_same_layer_again(act_bits):
+    model, x = Toy(), torch.randn(64, 12)
+    seen = calibrate(model, lambda: model(x))["second"]
+    packed, report = quantise_layer("second", model.second, MSFPConfig(4, act_bits), seen)
+    found = LayerGrids.of(model.second, packed)
+    assert found.inputs == packed.activation
+    assert found.weight.nmse == pytest.approx(report.weight_nmse, rel=1e-4)
+    layer = AdaptedLinear(model.second, found, 1, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(layer.packed(0).codes(), packed.codes())
+    hidden = F.silu(model.first(x)).detach()
+    torch.testing.assert_close(layer(hidden), packed(hidden), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,7 +15,7 @@ from mllm.demonstrations import decode_image, read_demonstration  # noqa: E402
 from mllm.diffusion.arms import ARMS, QuantiseConfig  # noqa: E402
 from mllm.diffusion.experiment import ExperimentConfig, run_experiment  # noqa: E402
 from mllm.diffusion.fit import FitConfig  # noqa: E402
-from mllm.diffusion.head_task import HeadTask, record_features  # noqa: E402
+from mllm.diffusion.head_task import HeadTask, kept_features, record_features  # noqa: E402
 from mllm.diffusion.schedule import Schedule  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.policy import Observation, make_policy  # noqa: E402
@@ -77,6 +77,18 @@ def test_the_head_goes_through_the_same_arms(checkpoint, demonstrations, tmp_pat
     assert run() == rows
     with pytest.raises(PolicyError, match="fit was"):
         run(fit=FitConfig(steps=21, batch=16))
+
+
+def test_features_are_recorded_once_and_those_of_something_else_are_refused(checkpoint, demonstrations, tmp_path):
+    path, folders = tmp_path / "features.safetensors", [str(demonstrations)]
+    first = kept_features(path, checkpoint, folders, 12)
+    assert torch.equal(first.hidden, record_features(checkpoint, folders, 12).hidden)
+    written = path.stat().st_mtime_ns
+    again = kept_features(path, checkpoint, folders, 12)
+    assert path.stat().st_mtime_ns == written
+    assert all(torch.equal(one, other) for one, other in zip(vars(first).values(), vars(again).values(), strict=True))
+    with pytest.raises(PolicyError, match='"count": 12.* name another folder'):
+        kept_features(path, checkpoint, folders, 13)
 
 
 def test_a_model_without_slots_and_too_few_frames_are_refused(checkpoint, demonstrations, tiny):
