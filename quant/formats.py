@@ -117,7 +117,7 @@ def integers(format: FloatFormat, device: torch.device | str = "cpu") -> Tensor:
 
 def round_to_grid(ratio: Tensor, format: FloatFormat | RowFormats) -> Tensor:
     """ratio: float32, in units of the smallest step. Returns the format's nearest integer as float32; NaN stays NaN."""
-    ratio = ratio.clamp(-format.largest if format.signed else 0, format.largest)
+    ratio = ratio.clamp(-format.largest if format.signed else 0, format.largest)  # type: ignore[arg-type]
     # The power of two below a number is its exponent's bits alone; below 2^mantissa the step does not shrink further.
     power = (ratio.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=format.unit)
     step = power.mul_(1 / format.unit)

@@ -87,7 +87,7 @@ def test_features_are_recorded_once_and_those_of_something_else_are_refused(chec
     again = kept_features(path, checkpoint, folders, 12)
     assert path.stat().st_mtime_ns == written
     assert all(torch.equal(one, other) for one, other in zip(vars(first).values(), vars(again).values(), strict=True))
-    with pytest.raises(PolicyError, match='"count": 12.* name another folder'):
+    with pytest.raises(PolicyError, match=r'"count": 12.* name another folder'):
         kept_features(path, checkpoint, folders, 13)
 
 
