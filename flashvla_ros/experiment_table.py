@@ -24,7 +24,7 @@ def show(folder: Path, tasks: Sequence[Task], config: ExperimentConfig, json_out
     rows = run_experiment(folder, tasks, config, lambda line: sys.stderr.write(f"{line}\n"))
     found = {task.name: _outcomes(rows, task.name) for task in tasks}
     for name, metrics in found.items():
-        draw(metrics, rows, name, folder / f"{name}.png")
+        draw(metrics, rows, name, folder / f"{name.replace(' ', '-')}.png")
         for metric, arms in metrics.items():
             console.print(table(arms, f"{name}: {metric}, {arms[0].n} seeds; less is better"))
     console.print(f"rows, table and pictures: {folder}")
@@ -81,6 +81,7 @@ def draw(metrics: Mapping[str, Sequence[Outcome]], rows: Sequence[Mapping[str, A
                 panel.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=3.5)
             panel.set_title(metric, color=INK, fontsize=9)
             panel.grid(axis="x")
+            panel.locator_params(axis="x", nbins=5)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
         figure.savefig(path)

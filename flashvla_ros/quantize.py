@@ -78,8 +78,8 @@ def quantize(
     if tuned:
         console.print(
             f"the head's loss went from {tuned['first']:.3g} to {tuned['last']:.3g}; its steps use the copies "
-            f"{tuned['table']}; before that, error of the pose {_shown(tuned['untuned']['error'])}, gripper "
-            f"{_shown(tuned['untuned']['gripper'], 100)} %",
+            f"{tuned['table']}. Before fine-tuning: error of the pose {_shown(tuned['untuned']['error'])}, another "
+            f"command of the gripper in {_shown(tuned['untuned']['gripper'], 100)} % of the steps",
             highlight=False,
         )
     console.print(

@@ -48,4 +48,4 @@ def test_with_demonstrations_an_action_head_is_put_to_the_test(
         "error": 11,
     }
     assert (tmp_path / "features.safetensors").is_file()
-    assert (tmp_path / "action head.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "action-head.png").read_bytes().startswith(b"\x89PNG")
