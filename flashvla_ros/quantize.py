@@ -48,10 +48,10 @@ def quantize(
     seen = observe(policy, seen_clips)
     groups = []
     if sensitive:
-        for group, apart in sensitivity(policy, config, seen, checked, reference):
+        for group, apart in sensitivity(policy, config, seen, seen_clips, checked, reference):
             groups.append({"group": group, **_apart(apart)})
             sys.stderr.write(f"{group} alone: error {groups[-1]['error']['mean']:.5f}\n")
-    with quantised(policy, config, seen) as report:
+    with quantised(policy, config, seen, seen_clips) as report:
         moved = _apart(deviation(reference, replay(policy, checked)))
         tuned: dict[str, Any] = {}
         if tune is not None and teacher is not None:

@@ -52,13 +52,17 @@ def quantised(
     policy: VLAPolicy,
     config: MSFPConfig,
     seen: Mapping[str, Inputs],
+    clips: Sequence[Clip],
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> Iterator[Report]:
-    """The policy's model is quantised within, and afterwards as it was, with its own head."""
+    """The policy's model is quantised within, and afterwards as it was, with its own head.
+
+    seen, clips: of `observe`.
+    """
     model = policy.model
     before, head, described = {name: model.get_submodule(name) for name in seen}, model.action_head, model.config
     try:
-        yield quantize_(model, config, seen, filter_fn)
+        yield quantize_(model, config, seen, lambda: replay(policy, clips), filter_fn)
     finally:
         model.action_head, model.config = head, described
         for name, layer in before.items():
@@ -89,11 +93,16 @@ def group_of(name: str) -> str:
 
 
 def sensitivity(
-    policy: VLAPolicy, config: MSFPConfig, seen: Mapping[str, Inputs], clips: Sequence[Clip], reference: Replay
+    policy: VLAPolicy,
+    config: MSFPConfig,
+    seen: Mapping[str, Inputs],
+    clips: Sequence[Clip],
+    checked: Sequence[Clip],
+    reference: Replay,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Of every group of layers (`group_of`), in the order in which they run: how far the actions are from the
-    reference's (`mllm.sweep.deviation`) where this group alone is quantised.
+    """Of every group of layers (`group_of`), in the order in which they run: how far the actions on the clips of
+    `checked` are from the reference's (`mllm.sweep.deviation`) where this group alone is quantised.
     """
     for group in dict.fromkeys(map(group_of, seen)):
-        with quantised(policy, config, seen, lambda name, layer: group_of(name) == group):  # noqa: B023
-            yield group, deviation(reference, replay(policy, clips))
+        with quantised(policy, config, seen, clips, lambda name, layer: group_of(name) == group):  # noqa: B023
+            yield group, deviation(reference, replay(policy, checked))

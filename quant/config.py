@@ -21,6 +21,8 @@ class MSFPConfig:
     family: "msfp" (floating point, without a sign where the inputs are anomalous), or what it is compared with; see
         `quant.search`.
     ends: at least so many bits in the layers that run first and last (8, as quantised models usually have it).
+    compensate: whether weights are rounded so that they and the bias make up for what rounding costs the output, which
+        takes another look at what calibration saw; see `quant.compensate`. Else each goes to the nearest number.
 
     The rest maps patterns of layers' names ("decoder.*.fc2", as in a shell) to what holds there; the first one that
     fits counts.
@@ -34,6 +36,7 @@ class MSFPConfig:
     act_bits: int | None = 4
     family: str = "msfp"
     ends: int = 8
+    compensate: bool = True
     least: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     exclude: Mapping[str, str] = field(default_factory=dict)
     anomalous: Mapping[str, bool] = field(default_factory=dict)
@@ -48,6 +51,8 @@ class MSFPConfig:
         for name, value in given.items():
             if isinstance(value, bool) or value not in BITS:
                 raise QuantError(f"MSFPConfig.{name} is {value!r}: choose one of {', '.join(map(str, BITS))}")
+        if not isinstance(self.compensate, bool):
+            raise QuantError(f"MSFPConfig.compensate is {self.compensate!r}: it must be true or false")
         if self.family not in FAMILIES:
             raise QuantError(f"MSFPConfig.family is {self.family!r}: choose one of {', '.join(FAMILIES)}")
         for name, kind in (("exclude", str), ("anomalous", bool)):

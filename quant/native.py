@@ -26,7 +26,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tiles", "tables", "choice", "scale", "bias", "sums")),
-        *((name, ctypes.c_int64) for name in ("channels", "inputs", "planes", "largest")),
+        *((name, ctypes.c_int64) for name in ("wide_sums", "channels", "inputs", "planes", "largest")),
         *((name, ctypes.c_double) for name in ("step", "zero")),
         *((name, ctypes.c_int64) for name in ("mantissa", "limit", "is_signed")),
         *((name, ctypes.c_void_p) for name in ("x", "y")),

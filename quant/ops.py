@@ -59,6 +59,7 @@ def _compute(
             scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
             sums.data_ptr(),
+            sums.dtype is torch.int32,
             channels,
             inputs,
             1 if table is not None else len(tiles),

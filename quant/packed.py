@@ -58,6 +58,10 @@ class Activation:
         scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))
         return round_to_grid((x.float() - zero) / scale, self.format)
 
+    def quantise(self, x: Tensor) -> Tensor:
+        """What a layer keeps of x, float32 of its shape; see `quant.formats.quantise`."""
+        return self.integers(x) * self.scale + self.zero
+
 
 class PackedLinear(nn.Module):
     """y = x W^T + bias, from codes: W[n, k] = integer of code[n, k] * scale[n] (MSFP, arXiv 2505.21591, by channel).
@@ -108,17 +112,21 @@ class PackedLinear(nn.Module):
             # Formats of 8 bits have at most 7 significant bits: this holds their integers exactly.
             self.register_buffer("tiles", whole.to(torch.bfloat16))
         short = -self.out_features % CHANNELS
-        sums = whole.sum(1)
         self.register_buffer("choice", F.pad(choice.to(torch.uint8), (0, short)))
         self.register_buffer("scale", F.pad(scale.float(), (0, short)))
         self.register_buffer("bias", None if bias is None else F.pad(bias.float(), (0, short)))
         table = F.pad(tables, (0, 16 - tables.shape[1])).to(torch.int8) if looked_up else None
         self.register_buffer("table", table, persistent=False)
-        self.register_buffer("sums", F.pad(sums if self.tiles.dtype is torch.bfloat16 else sums.int(), (0, short)))
-        self._limit(whole)
+        self._derive(whole)
 
-    def _limit(self, whole: Tensor) -> None:
-        """Sets `exact`, that no input leaves int24 and no sum int32, for kernels; and `largest`, of tiles' bytes."""
+    def _derive(self, whole: Tensor) -> None:
+        """Sets what follows from the weights' integers: `sums`, of each channel, in the smallest type that holds them;
+        `exact`, that no input leaves int24 and no sum int32, for kernels; and `largest`, of tiles' bytes.
+        """
+        sums = F.pad(whole.sum(1), (0, len(self.choice) - len(whole)))
+        reach = int(sums.abs().max()) if len(sums) else 0
+        types = (dtype for dtype in (torch.int16, torch.int32, torch.int64) if reach <= torch.iinfo(dtype).max)
+        self.register_buffer("sums", sums.to(next(types)), persistent=False)
         longest = int(whole.abs().sum(1).max()) if whole.numel() else 0
         largest = self.activation.format.largest if self.activation else 255
         self.exact = largest <= INT24 and longest * largest <= INT32
@@ -129,7 +137,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
         if self.choice.numel() and int(self.choice.max()) >= len(self.formats):
             raise QuantError(f"{prefix}choice holds {int(self.choice.max())}: there are {len(self.formats)} formats")
-        self._limit(self.integers())
+        self._derive(self.integers())
 
     def integers(self) -> Tensor:
         """(N, K) int64, the weights' integers."""

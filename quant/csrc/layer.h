@@ -90,8 +90,9 @@ TARGET static void finish(const Layer *layer, const Grid *grid, int64_t block, i
     float offset[CHANNELS], y[CHANNELS];
     uint32_t lifted[CHANNELS], total[CHANNELS];
     const float *scale = layer->scale + channel;
-    const int32_t *weights = layer->sums + channel;
+    int32_t weights[CHANNELS];
     for (int c = 0; c < CHANNELS; c++) {
+        weights[c] = layer->wide_sums ? ((const int32_t *)layer->sums)[channel + c] : ((const int16_t *)layer->sums)[channel + c];
         offset[c] = scale[c] * zero * (float)weights[c] + (layer->bias ? layer->bias[channel + c] : 0.0f);
         lifted[c] = (uint32_t)grid->lift * (uint32_t)weights[c];
     }

@@ -18,8 +18,8 @@ typedef struct {
     const uint8_t *choice;  // (16 blocks), which table is each channel's
     const float *scale;     // (16 blocks)
     const float *bias;      // (16 blocks), or null
-    const int32_t *sums;    // (16 blocks), of each channel's integers
-    int64_t channels, inputs, planes;
+    const void *sums;       // (16 blocks) int16_t, or int32_t if they are wide; of each channel's integers
+    int64_t wide_sums, channels, inputs, planes;
     int64_t largest;        // no weight of a plane is larger, either way
 
     // Inputs: an integer of the grid is at most `limit`, and at least -limit if signed, else 0. If the step is 0 each row

@@ -51,9 +51,9 @@ def regression(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tiny, seen, tmp_path):
+def folder(tiny, clips, seen, tmp_path):
     policy = make_policy(str(tiny))
-    quantize_(policy.model, vla_config(), seen)
+    quantize_(policy.model, vla_config(), seen, lambda: replay(policy, clips))
     save_checkpoint(tmp_path, policy.model, policy.tokenizer)
     return tmp_path
 
@@ -69,7 +69,7 @@ def packed_layers(model):
 @pytest.mark.parametrize("head", ["tiny", "regression"])
 def test_a_saved_policy_acts_bit_for_bit_as_the_quantised_one(head, clips, request, tmp_path):
     policy = make_policy(str(request.getfixturevalue(head)))
-    quantize_(policy.model, vla_config(), observe(policy, clips))
+    quantize_(policy.model, vla_config(), observe(policy, clips), lambda: replay(policy, clips))
     left = [name for name, part in policy.model.named_modules() if isinstance(part, torch.nn.Linear)]
     assert left == ["language_model.lm_head"]
     save_checkpoint(tmp_path, policy.model, policy.tokenizer)
@@ -81,7 +81,7 @@ def test_a_saved_policy_acts_bit_for_bit_as_the_quantised_one(head, clips, reque
 def test_a_policy_of_eight_bits_acts_almost_as_before(regression, clips):
     policy = make_policy(str(regression))
     before, config = actions(policy, clips), vla_config(8, 8)
-    with quantised(policy, config, observe(policy, clips)):
+    with quantised(policy, config, observe(policy, clips), clips):
         assert packed_layers(policy.model)
         assert np.abs(actions(policy, clips) - before).mean() < 0.05
     assert not packed_layers(policy.model)
@@ -120,7 +120,7 @@ def test_a_policy_is_checked_on_other_episodes_than_it_is_calibrated_on(demonstr
 def test_each_group_of_layers_is_tried_alone(regression, clips):
     policy = make_policy(str(regression))
     seen, reference = observe(policy, clips), replay(policy, clips)
-    found = dict(sensitivity(policy, vla_config(4, 4), seen, clips, reference))
+    found = dict(sensitivity(policy, vla_config(4, 4), seen, clips, clips, reference))
     assert list(found) == list(dict.fromkeys(map(group_of, seen)))
     assert "language_model.model.layers.*.mlp.down_proj" in found
     assert all(apart["error"].mean() > 0 for apart in found.values())

@@ -66,18 +66,22 @@ static int check(const Case *each, int64_t rows, int64_t channels, int64_t input
     uint8_t *tiles = fresh(bytes), *choice = fresh(padded);
     float *scale = fresh(padded * sizeof *scale), *x = fresh(rows * inputs * sizeof *x);
     float *bias = draw() % 2 ? fresh(padded * sizeof *bias) : NULL;
-    int32_t *sums = fresh(padded * sizeof *sums);
+    const int wide = draw() % 2;
+    void *sums = fresh(padded * (wide ? sizeof(int32_t) : sizeof(int16_t)));
     float *first = fresh(rows * channels * sizeof *first);
     for (size_t i = 0; i < bytes && !each->tables; i++)
         if (tiles[i] == 0x80) tiles[i] = 0;  // -128 is beyond `largest`
     for (int64_t c = 0; c < padded; c++) {
         choice[c] %= 3;
         scale[c] = (float)(draw() % 1000 + 1) * 1e-4f;
-        sums[c] = (int32_t)(draw() % 2001) - 1000;
+        const int sum = (int)(draw() % 2001) - 1000;
+        if (wide) ((int32_t *)sums)[c] = sum;
+        else ((int16_t *)sums)[c] = (int16_t)sum;
         if (bias) bias[c] = (float)(draw() % 1000) * 1e-3f;
     }
     for (int64_t i = 0; i < rows * inputs; i++) x[i] = input();
     layer.tiles = tiles, layer.choice = choice, layer.scale = scale, layer.bias = bias, layer.sums = sums, layer.x = x;
+    layer.wide_sums = wide;
     int same = 1;
     for (int set = 0; set < msfp_instructions(); set++) {
         layer.y = set ? fresh(rows * channels * sizeof *layer.y) : first;

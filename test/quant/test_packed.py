@@ -79,10 +79,21 @@ def test_tiles_hold_every_value_once_and_zeros_beside_them(count, size, dtype):
     assert int(total) == int(values.sum())
 
 
-def test_a_layer_of_4_bits_takes_little_more_than_a_quarter_of_its_size_in_float16():
-    packed = layer((512, 4096))
+@pytest.mark.parametrize("shape", [(512, 4096), (768, 192)])
+def test_a_layer_of_4_bits_takes_little_more_than_a_quarter_of_its_size_in_float16(shape):
+    packed = layer(shape, activation=Activation(FOUR[1], 0.3), bias=False)
     held = sum(buffer.numel() * buffer.element_size() for buffer in packed.buffers())
-    assert held <= 0.27 * 2 * 512 * 4096
+    assert held <= 0.27 * 2 * shape[0] * shape[1]
+
+
+def test_a_state_with_larger_sums_than_the_layers_own_computes_the_same():
+    small = PackedLinear(torch.zeros(3, 800, dtype=torch.uint8), FOUR[2:], torch.zeros(3), torch.ones(3))
+    large = PackedLinear(torch.full((3, 800), 7, dtype=torch.uint8), FOUR[2:], torch.zeros(3), torch.ones(3))
+    assert (small.sums.dtype, large.sums.dtype) == (torch.int16, torch.int32)
+    small.load_state_dict(large.state_dict())
+    x = torch.randn(2, 800)
+    assert torch.equal(small(x), large(x))
+    torch.testing.assert_close(small(x), 64 * x.sum(1, keepdim=True).expand(2, 3), rtol=1e-4, atol=1e-2)
 
 
 def test_copies_pickles_and_state_dicts_compute_the_same():

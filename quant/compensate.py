@@ -1,0 +1,139 @@
+"""Weights whose rounding makes up for itself, and a bias that makes up for the rest: nothing of it costs at run time.
+
+Of a layer's inputs x it keeps q, their numbers on its grid. Sought are the weights V, on their own grids, and the bias c
+for which V q + c is nearest to W x + b on what calibration saw. Were V free, least squares would give
+
+    V = W + W (E[x q^T] - E[q q^T]) E[q q^T]^-1        moments about the means, where the layer has a bias to shift
+    c = b + W E[x] - V E[q]
+
+which makes up for what rounding the inputs costs. The columns of that V are then rounded one after the other, those of
+the largest inputs first, and the ones that follow make up for each (GPTQ, Frantar et al., arXiv 2210.17323, with its
+damping, and the order of its authors' code). The first step is our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import QuantError
+from quant.formats import round_to_grid
+from quant.packed import Activation
+from quant.search import WeightGrid
+
+DAMPING = 0.01
+# Columns that are rounded before what they cost reaches the others.
+BLOCK = 128
+
+
+class Moments:
+    """Sums over the inputs x of a layer, and over q, what it keeps of them; float64.
+
+    square: (K, K), of q q^T.  cross: (K, K), of x q^T.  given, kept: (K,), of x and of q.  count: of inputs.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.square, self.cross = (torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(2))
+        self.given, self.kept = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
+        self.count = 0
+
+    def add(self, x: Tensor, q: Tensor) -> None:
+        """x, q: (..., K)."""
+        x, q = (rows.flatten(0, -2).float() for rows in (x, q))
+        self.square += q.T @ q
+        self.cross += x.T @ q
+        self.given += x.sum(0, dtype=torch.float64)
+        self.kept += q.sum(0, dtype=torch.float64)
+        self.count += len(x)
+
+    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means of q q^T, of x q^T, of x and of q; centred: the first two about the others."""
+        square, cross, given, kept = (sums / self.count for sums in (self.square, self.cross, self.given, self.kept))
+        if centred:
+            square, cross = square - kept[:, None] * kept, cross - given[:, None] * kept
+        return square, cross, given, kept
+
+
+@torch.no_grad()
+def observe(model: nn.Module, run: Callable[[], object], grids: Mapping[str, Activation | None]) -> dict[str, Moments]:
+    """Moments of the inputs of those linear layers of the model that `grids` names, with the grid of each one's inputs.
+
+    run: calls the model; see `quant.calibration.calibrate`.  Raises QuantError: a layer did not run.
+    """
+    found: dict[str, Moments] = {}
+
+    def see(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
+        x, grid = given[0].detach(), grids[name]
+        if name not in found:
+            found[name] = Moments(x.shape[-1], x.device)
+        found[name].add(x, x if grid is None else grid.quantise(x))
+
+    with ExitStack() as stack:
+        for name in grids:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(partial(see, name)).remove)
+        run()
+    for name in grids:
+        if name not in found or not found[name].count:
+            raise QuantError(f"layer '{name}' did not run again: give the function that it was calibrated with")
+    return found
+
+
+def compensate(
+    weight: Tensor, bias: Tensor | None, grid: WeightGrid, moments: Moments, damping: float = DAMPING
+) -> tuple[Tensor, Tensor | None]:
+    """weight: (N, K), bias: (N,) or None, of a layer whose inputs have these moments.
+
+    damping: share of the mean square of an input that is added to each one's, so that there is an inverse.
+    Returns the numbers on the grid, (N, K) float32, and the bias, (N,) float32 or None.
+    Raises QuantError: moments of other sizes, or none that are finite.
+    """
+    if moments.square.shape != (weight.shape[1], weight.shape[1]):
+        raise QuantError(f"moments of {len(moments.square)} inputs are not of a weight of {weight.shape[1]}")
+    square, cross, given, kept = moments.means(centred=bias is not None)
+    if not bool(square.isfinite().all() and cross.isfinite().all()):
+        raise QuantError("the moments of its inputs are not finite: look at what the layer was given")
+    wide = weight.detach().double()
+    level = float(square.diagonal().sum()) / max(1, len(square)) or 1.0
+    order = square.diagonal().argsort(descending=True)
+    damped = square + damping * level * torch.eye(len(square), dtype=torch.float64, device=square.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    best = wide[:, order] + wide @ (cross - square)[:, order] @ inverse
+    columns = torch.empty_like(best, dtype=torch.float32)
+    for index, format in enumerate(grid.formats):
+        rows = grid.choice == index
+        scale = grid.scale[rows]
+        columns[rows] = round_columns(
+            best[rows].float(),
+            lambda column: round_to_grid(column / scale, format) * scale,
+            upper,  # noqa: B023
+        )
+    rounded = torch.empty_like(columns)
+    rounded[:, order] = columns
+    if bias is not None:
+        bias = (bias.detach().double() + wide @ given - rounded.double() @ kept).float()
+    return rounded, bias
+
+
+def round_columns(weight: Tensor, to_grid: Callable[[Tensor], Tensor], upper: Tensor) -> Tensor:
+    """GPTQ's rounding (algorithm 1 of the paper).
+
+    weight: (N, K).  to_grid: (N,), a column -> its rounded numbers.
+    upper: (K, K), the upper Cholesky factor of the inverse of the inputs' second moments.  Returns (N, K).
+    """
+    weight, rounded = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        part, factor = weight[:, block], upper[block, block]
+        errors = torch.empty_like(part)
+        for column in range(part.shape[1]):
+            rounded[:, start + column] = to_grid(part[:, column])
+            errors[:, column] = (part[:, column] - rounded[:, start + column]) / factor[column, column]
+            part[:, column + 1 :] -= errors[:, column, None] * factor[column, column + 1 :]
+        weight[:, start + BLOCK :] -= errors @ upper[block, start + BLOCK :]
+    return rounded
