@@ -1,6 +1,6 @@
 """Weights whose rounding makes up for itself, and a bias that makes up for the rest: nothing of it costs at run time.
 
-Of a layer's inputs x it keeps q, their numbers on its grid. Sought are the weights V, on their own grids, and the bias c
+Of its inputs x a layer keeps q, their numbers on its grid. Sought are the weights V, on their own grids, and the bias c
 for which V q + c is nearest to W x + b on what calibration saw. Were V free, least squares would give
 
     V = W + W (E[x q^T] - E[q q^T]) E[q q^T]^-1        moments about the means, where the layer has a bias to shift
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantError
-from quant.formats import round_to_grid
+from quant.formats import FloatFormat, round_to_grid
 from quant.packed import Activation
 from quant.search import WeightGrid
 
@@ -107,12 +107,7 @@ def compensate(
     columns = torch.empty_like(best, dtype=torch.float32)
     for index, format in enumerate(grid.formats):
         rows = grid.choice == index
-        scale = grid.scale[rows]
-        columns[rows] = round_columns(
-            best[rows].float(),
-            lambda column: round_to_grid(column / scale, format) * scale,
-            upper,  # noqa: B023
-        )
+        columns[rows] = round_columns(best[rows].float(), format, grid.scale[rows], upper)
     rounded = torch.empty_like(columns)
     rounded[:, order] = columns
     if bias is not None:
@@ -120,10 +115,10 @@ def compensate(
     return rounded, bias
 
 
-def round_columns(weight: Tensor, to_grid: Callable[[Tensor], Tensor], upper: Tensor) -> Tensor:
+def round_columns(weight: Tensor, format: FloatFormat, scale: Tensor, upper: Tensor) -> Tensor:
     """GPTQ's rounding (algorithm 1 of the paper).
 
-    weight: (N, K).  to_grid: (N,), a column -> its rounded numbers.
+    weight: (N, K).  scale: (N,), of the format.
     upper: (K, K), the upper Cholesky factor of the inverse of the inputs' second moments.  Returns (N, K).
     """
     weight, rounded = weight.clone(), torch.empty_like(weight)
@@ -132,7 +127,7 @@ def round_columns(weight: Tensor, to_grid: Callable[[Tensor], Tensor], upper: Te
         part, factor = weight[:, block], upper[block, block]
         errors = torch.empty_like(part)
         for column in range(part.shape[1]):
-            rounded[:, start + column] = to_grid(part[:, column])
+            rounded[:, start + column] = round_to_grid(part[:, column] / scale, format) * scale
             errors[:, column] = (part[:, column] - rounded[:, start + column]) / factor[column, column]
             part[:, column + 1 :] -= errors[:, column, None] * factor[column, column + 1 :]
         weight[:, start + BLOCK :] -= errors @ upper[block, start + BLOCK :]

@@ -22,7 +22,15 @@ from quant.config import MSFPConfig, find
 from quant.errors import QuantError
 from quant.formats import encode
 from quant.packed import Activation, PackedLinear
-from quant.search import Candidates, WeightGrid, input_candidates, search_input, search_weight, weight_candidates
+from quant.search import (
+    Candidates,
+    WeightGrid,
+    cheapest,
+    input_candidates,
+    search_input,
+    search_weight,
+    weight_candidates,
+)
 
 # Numbers of moments, two K x K for a layer, that are in memory together: 2 GB.
 MOMENTS = 1 << 28
@@ -90,8 +98,8 @@ def quantize_(
     run: what `calibrate` was given, where `config.compensate`. It is called once for as many layers as their moments
         leave room in memory; later ones then see what the earlier ones, quantised, make.
     filter_fn: (name, layer) -> whether to quantise it, beside `config.exclude`.
-    Raises QuantError: the calibration is of another model, a weight has a number that is not finite, or `run` is missing
-    or does not run every layer that is quantised.
+    Raises QuantError: the calibration is of another model, a weight has a number that is not finite, or `run` is
+    missing or leaves out a layer.
     """
     if config.compensate and run is None:
         raise QuantError("MSFPConfig.compensate needs `run`, what calibrate was given: give it, or set it to false")
@@ -154,7 +162,7 @@ def _search_inputs(name: str, config: MSFPConfig, seen: Inputs, end: bool) -> _I
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[Sequence[str]]:
-    """sizes: inputs of each layer. Yields the names in parts, each of one layer or as many as `MOMENTS` has room for."""
+    """sizes: inputs of each layer. Yields the names in parts, of one layer or as many as `MOMENTS` has room for."""
     part: list[str] = []
     held = 0
     for name, size in sizes.items():
@@ -199,8 +207,8 @@ def _anomalous(name: str, config: MSFPConfig, seen: Inputs) -> str:
 def search_activation(
     sample: Tensor, minimum: float, maximum: float, candidates: Candidates
 ) -> tuple[Activation, float]:
-    """The best grid of all, and its nmse; see `quant.search.search_input`."""
-    best = search_input(sample, minimum, maximum, candidates)[0]
+    """The grid to use, and its nmse; see `quant.search.search_input` and `quant.search.cheapest`."""
+    best = cheapest(search_input(sample, minimum, maximum, candidates))
     return Activation(best.format, best.scale, best.zero), best.nmse
 
 

@@ -75,6 +75,11 @@ class FloatFormat:
         return float(1 << self.mantissa)
 
     @property
+    def one_byte(self) -> bool:
+        """Whether its integers fit in a byte."""
+        return self.largest <= (127 if self.signed else 255)
+
+    @property
     def codes(self) -> int:
         return 1 << self.bits
 

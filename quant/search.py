@@ -21,13 +21,16 @@ FAMILIES = ("msfp", "signed", "int", "int-minmax")
 SIGNED = {
     4: ("E1M2", "E2M1", "E3M0"),
     6: ("E1M4", "E2M3", "E3M2", "E4M1"),
-    8: ("E2M5", "E3M4", "E4M3", "E5M2"),
+    8: ("E1M6", "E2M5", "E3M4", "E4M3", "E5M2"),
 }
 UNSIGNED = {
     4: ("uE1M3", "uE2M2", "uE3M1"),
     6: ("uE2M4", "uE3M3", "uE4M2"),
-    8: ("uE3M5", "uE4M4", "uE5M3"),
+    8: ("uE1M7", "uE3M5", "uE4M4", "uE5M3"),
 }
+# How much larger the squared error of inputs may be for a format of one byte, which takes kernels half as long (our
+# choice).
+WORTH_A_BYTE = 2.0
 # Look-ups held in memory at once.
 LOOKUPS = 1 << 21
 TINY = torch.finfo(torch.float32).tiny
@@ -53,13 +56,14 @@ class Candidates:
 def weight_candidates(family: str, bits: int) -> Candidates:
     """For weights, which are signed in every family.
 
-    family: "msfp" and "signed" choose among floating-point formats; "int" is the integer grid with the same search of
-        the range, and "int-minmax" the one whose range is the largest magnitude.
+    family: "msfp" and "signed" choose among the floating-point formats whose integers fit in a byte: others would take
+        two in memory, and kernels twice as long. "int" is the integer grid with the same search of the range, and
+        "int-minmax" the one whose range is the largest magnitude.
     """
     if family in ("int", "int-minmax"):
         formats: tuple[FloatFormat, ...] = (FloatFormat(1, bits - 2),)
     else:
-        formats = tuple(map(FloatFormat.parse, SIGNED[bits]))
+        formats = tuple(format for format in map(FloatFormat.parse, SIGNED[bits]) if format.one_byte)
     return Candidates(signed=formats, signed_factors=(1.0,) if family == "int-minmax" else _spread(0.2, 2.0, 100))
 
 
@@ -185,6 +189,13 @@ def search_input(sample: Tensor, minimum: float, maximum: float, candidates: Can
         errors = known.errors(integers(format, device), scales[None].to(device), zeros[None].to(device))
         keep(format, errors[0], scales, zeros)
     return sorted(found, key=lambda grid: grid.nmse)
+
+
+def cheapest(found: list[InputGrid]) -> InputGrid:
+    """Of what `search_input` found the best, or the best of one byte if its error is not much larger."""
+    return next(
+        (grid for grid in found if grid.format.one_byte and grid.nmse <= WORTH_A_BYTE * found[0].nmse), found[0]
+    )
 
 
 def check_finite(tensor: Tensor, what: str) -> None:

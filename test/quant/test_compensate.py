@@ -1,4 +1,4 @@
-"""Rounding that makes up for itself, against the textbook's column by column, and what it is for: the layer's output."""
+"""Rounding that makes up for itself, against the textbook's column by column, and what it is for: the outputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_columns_are_rounded_as_optimal_brain_quantisation_does_it_one_at_a_time
     weight, x = normal(7, size), inputs(500, size).double()
     second = x.T @ x / len(x) + 0.1 * torch.eye(size, dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(second), upper=True)
-    found = round_columns(weight, torch.round, upper.float())
+    found = round_columns(weight, FloatFormat.parse("E1M6"), torch.ones(7), upper.float())  # whole numbers
     # Equations 2 and 3 of the paper, with the inverse of what is left brought up to date after every column.
     left, inverse, expected = weight.double(), torch.linalg.inv(second), torch.empty(7, size)
     for column in range(size):

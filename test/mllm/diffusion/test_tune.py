@@ -40,7 +40,7 @@ def tuned(tiny_diffusion, clips, tmp_path_factory):
     found = {"before": actions(policy, clips), "flops": step_flops(policy.model, 5)}
     teacher, hidden = copy.deepcopy(policy.model.action_head.denoiser), torch.randn(64, 3, 32)
     wanted = policy.model.action_head(hidden)
-    with quantised(policy, vla_config(4, 4, tuned_head=True), observe(policy, clips)):
+    with quantised(policy, vla_config(4, 4, tuned_head=True), observe(policy, clips), clips):
         found["untuned"] = actions(policy, clips)
         found |= tune_head_(policy, teacher, clips, TUNE)
         found["actions"], found["config"] = actions(policy, clips), policy.model.config
