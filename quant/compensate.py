@@ -1,14 +1,12 @@
 """Weights whose rounding makes up for itself, and a bias that makes up for the rest: nothing of it costs at run time.
 
-Of its inputs x a layer keeps q, their numbers on its grid. Sought are the weights V, on their own grids, and the bias c
-for which V q + c is nearest to W x + b on what calibration saw. Were V free, least squares would give
+Of its inputs x a layer keeps q, their numbers on its grid. Columns of W are rounded one after the other, those of the
+largest inputs first, and the ones that follow make up for each, so that V q stays near W q (GPTQ, Frantar et al., arXiv
+2210.17323, with its damping, and the order of its authors' code). A bias takes the mean of what is left,
 
-    V = W + W (E[x q^T] - E[q q^T]) E[q q^T]^-1        moments about the means, where the layer has a bias to shift
     c = b + W E[x] - V E[q]
 
-which makes up for what rounding the inputs costs. The columns of that V are then rounded one after the other, those of
-the largest inputs first, and the ones that follow make up for each (GPTQ, Frantar et al., arXiv 2210.17323, with its
-damping, and the order of its authors' code). The first step is our choice.
+and the columns then have to make up for deviations from the mean alone (our choice).
 """
 
 from __future__ import annotations
@@ -34,11 +32,11 @@ BLOCK = 128
 class Moments:
     """Sums over the inputs x of a layer, and over q, what it keeps of them; float64.
 
-    square: (K, K), of q q^T.  cross: (K, K), of x q^T.  given, kept: (K,), of x and of q.  count: of inputs.
+    square: (K, K), of q q^T.  given, kept: (K,), of x and of q.  count: of inputs.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.square, self.cross = (torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(2))
+        self.square = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.given, self.kept = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
         self.count = 0
 
@@ -46,17 +44,14 @@ class Moments:
         """x, q: (..., K)."""
         x, q = (rows.flatten(0, -2).float() for rows in (x, q))
         self.square += q.T @ q
-        self.cross += x.T @ q
         self.given += x.sum(0, dtype=torch.float64)
         self.kept += q.sum(0, dtype=torch.float64)
         self.count += len(x)
 
-    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means of q q^T, of x q^T, of x and of q; centred: the first two about the others."""
-        square, cross, given, kept = (sums / self.count for sums in (self.square, self.cross, self.given, self.kept))
-        if centred:
-            square, cross = square - kept[:, None] * kept, cross - given[:, None] * kept
-        return square, cross, given, kept
+    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of q q^T, of x and of q; centred: the first one about the last."""
+        square, given, kept = (sums / self.count for sums in (self.square, self.given, self.kept))
+        return square - kept[:, None] * kept if centred else square, given, kept
 
 
 @torch.no_grad()
@@ -94,24 +89,23 @@ def compensate(
     """
     if moments.square.shape != (weight.shape[1], weight.shape[1]):
         raise QuantError(f"moments of {len(moments.square)} inputs are not of a weight of {weight.shape[1]}")
-    square, cross, given, kept = moments.means(centred=bias is not None)
-    if not bool(square.isfinite().all() and cross.isfinite().all()):
+    square, given, kept = moments.means(centred=bias is not None)
+    if not bool(square.isfinite().all()):
         raise QuantError("the moments of its inputs are not finite: look at what the layer was given")
-    wide = weight.detach().double()
+    weight = weight.detach()
     level = float(square.diagonal().sum()) / max(1, len(square)) or 1.0
     order = square.diagonal().argsort(descending=True)
     damped = square + damping * level * torch.eye(len(square), dtype=torch.float64, device=square.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    best = wide[:, order] + wide @ (cross - square)[:, order] @ inverse
-    columns = torch.empty_like(best, dtype=torch.float32)
+    columns = torch.empty_like(weight, dtype=torch.float32)
     for index, format in enumerate(grid.formats):
         rows = grid.choice == index
-        columns[rows] = round_columns(best[rows].float(), format, grid.scale[rows], upper)
+        columns[rows] = round_columns(weight[rows][:, order].float(), format, grid.scale[rows], upper)
     rounded = torch.empty_like(columns)
     rounded[:, order] = columns
     if bias is not None:
-        bias = (bias.detach().double() + wide @ given - rounded.double() @ kept).float()
+        bias = (bias.detach().double() + weight.double() @ given - rounded.double() @ kept).float()
     return rounded, bias
 
 

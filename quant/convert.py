@@ -32,7 +32,7 @@ from quant.search import (
     weight_candidates,
 )
 
-# Numbers of moments, two K x K for a layer, that are in memory together: 2 GB.
+# Numbers of moments, K x K for a layer, that are in memory together: 2 GB.
 MOMENTS = 1 << 28
 
 
@@ -166,11 +166,11 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[Sequence[str]]:
     part: list[str] = []
     held = 0
     for name, size in sizes.items():
-        if part and held + 2 * size**2 > MOMENTS:
+        if part and held + size**2 > MOMENTS:
             yield part
             part, held = [], 0
         part.append(name)
-        held += 2 * size**2
+        held += size**2
     if part:
         yield part
 

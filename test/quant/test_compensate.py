@@ -55,7 +55,7 @@ def test_columns_are_rounded_as_optimal_brain_quantisation_does_it_one_at_a_time
 @pytest.mark.parametrize("biased", [False, True])
 def test_outputs_for_other_inputs_are_nearer_than_with_the_nearest_numbers(family, biased):
     weight, bias = normal(40, 96) / 10, normal(40, seed=3) if biased else None
-    grid, kept = search_weight(weight, weight_candidates(family, 4)), Activation(FloatFormat.parse("uE2M2"), 0.5, -5.0)
+    grid, kept = search_weight(weight, weight_candidates(family, 4)), Activation(FloatFormat.parse("E1M6"), 0.3)
     x, fresh = inputs(3000, 96), inputs(1000, 96, seed=20)
     rounded, shifted = compensate(weight, bias, grid, moments(x, kept.quantise(x)))
 
@@ -100,9 +100,8 @@ def test_moments_are_those_of_all_inputs_of_all_calls_with_the_grid_of_each_laye
     first = torch.cat([batch.flatten(0, -2) for batch in batches]).double()
     second = model[1](model[0](first.float())).double()
     for name, x, q in (("0", first, first), ("2", second, kept.quantise(second).double())):
-        square, cross, given, mean = found[name].means(centred=True)
+        square, given, mean = found[name].means(centred=True)
         torch.testing.assert_close(square, torch.cov(q.T, correction=0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(cross, (x - x.mean(0)).T @ (q - q.mean(0)) / len(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close((given, mean), (x.mean(0), q.mean(0)), rtol=1e-4, atol=1e-5)
     assert not any(part._forward_pre_hooks for part in model)
 
