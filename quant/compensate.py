@@ -2,11 +2,10 @@
 
 Of its inputs x a layer keeps q, their numbers on its grid. Columns of W are rounded one after the other, those of the
 largest inputs first, and the ones that follow make up for each, so that V q stays near W q (GPTQ, Frantar et al., arXiv
-2210.17323, with its damping, and the order of its authors' code). A bias takes the mean of what is left,
+2210.17323, with its damping, and the order of its authors' code). A bias then takes the mean of what is left (our
+choice):
 
     c = b + W E[x] - V E[q]
-
-and the columns then have to make up for deviations from the mean alone (our choice).
 """
 
 from __future__ import annotations
@@ -48,11 +47,6 @@ class Moments:
         self.kept += q.sum(0, dtype=torch.float64)
         self.count += len(x)
 
-    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Means of q q^T, of x and of q; centred: the first one about the last."""
-        square, given, kept = (sums / self.count for sums in (self.square, self.given, self.kept))
-        return square - kept[:, None] * kept if centred else square, given, kept
-
 
 @torch.no_grad()
 def observe(model: nn.Module, run: Callable[[], object], grids: Mapping[str, Activation | None]) -> dict[str, Moments]:
@@ -89,8 +83,8 @@ def compensate(
     """
     if moments.square.shape != (weight.shape[1], weight.shape[1]):
         raise QuantError(f"moments of {len(moments.square)} inputs are not of a weight of {weight.shape[1]}")
-    square, given, kept = moments.means(centred=bias is not None)
-    if not bool(square.isfinite().all()):
+    square, given, kept = (sums / moments.count for sums in (moments.square, moments.given, moments.kept))
+    if not bool(square.isfinite().all() and given.isfinite().all()):
         raise QuantError("the moments of its inputs are not finite: look at what the layer was given")
     weight = weight.detach()
     level = float(square.diagonal().sum()) / max(1, len(square)) or 1.0

@@ -100,9 +100,9 @@ def test_moments_are_those_of_all_inputs_of_all_calls_with_the_grid_of_each_laye
     first = torch.cat([batch.flatten(0, -2) for batch in batches]).double()
     second = model[1](model[0](first.float())).double()
     for name, x, q in (("0", first, first), ("2", second, kept.quantise(second).double())):
-        square, given, mean = found[name].means(centred=True)
-        torch.testing.assert_close(square, torch.cov(q.T, correction=0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close((given, mean), (x.mean(0), q.mean(0)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name].square, q.T @ q, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((found[name].given, found[name].kept), (x.sum(0), q.sum(0)), rtol=1e-4, atol=1e-5)
+        assert found[name].count == 4 * 7 + 3
     assert not any(part._forward_pre_hooks for part in model)
 
 
@@ -122,5 +122,7 @@ def test_what_cannot_be_made_up_for_is_an_error():
         compensate(weight, None, grid, moments(normal(4, 6)))
     with pytest.raises(QuantError, match="not finite"):
         compensate(weight, None, grid, moments(torch.full((2, 5), torch.inf)))
+    with pytest.raises(QuantError, match="not finite"):
+        compensate(weight, None, grid, moments(torch.full((2, 5), torch.inf), torch.ones(2, 5)))
     with pytest.raises(QuantError, match="layer '0' did not run again"):
         observe(nn.Sequential(nn.Linear(2, 2)), lambda: None, {"0": None})
