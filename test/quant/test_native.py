@@ -181,7 +181,7 @@ def test_unknown_instructions_are_an_error_that_names_those_there_are():
     st.tuples(st.integers(1, 40), st.integers(1, 300) | st.integers(1000, 1100)),
     st.integers(0, 8) | st.integers(90, 110),
     st.sampled_from(WEIGHTS),
-    st.integers(-100, 100),
+    st.integers(-80, 100),  # below, a step times a scale is subnormal
     st.integers(0, 2**32),
 )
 @settings(max_examples=30, deadline=None)
