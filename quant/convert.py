@@ -25,7 +25,6 @@ from quant.packed import Activation, PackedLinear
 from quant.search import (
     Candidates,
     WeightGrid,
-    cheapest,
     input_candidates,
     search_input,
     search_weight,
@@ -207,8 +206,8 @@ def _anomalous(name: str, config: MSFPConfig, seen: Inputs) -> str:
 def search_activation(
     sample: Tensor, minimum: float, maximum: float, candidates: Candidates
 ) -> tuple[Activation, float]:
-    """The grid to use, and its nmse; see `quant.search.search_input` and `quant.search.cheapest`."""
-    best = cheapest(search_input(sample, minimum, maximum, candidates))
+    """The best grid of all, and its nmse; see `quant.search.search_input`."""
+    best = search_input(sample, minimum, maximum, candidates)[0]
     return Activation(best.format, best.scale, best.zero), best.nmse
 
 

@@ -28,9 +28,6 @@ UNSIGNED = {
     6: ("uE2M4", "uE3M3", "uE4M2"),
     8: ("uE1M7", "uE3M5", "uE4M4", "uE5M3"),
 }
-# How much larger the squared error of inputs may be for a format of one byte, which takes kernels half as long (our
-# choice).
-WORTH_A_BYTE = 2.0
 # Look-ups held in memory at once.
 LOOKUPS = 1 << 21
 TINY = torch.finfo(torch.float32).tiny
@@ -189,13 +186,6 @@ def search_input(sample: Tensor, minimum: float, maximum: float, candidates: Can
         errors = known.errors(integers(format, device), scales[None].to(device), zeros[None].to(device))
         keep(format, errors[0], scales, zeros)
     return sorted(found, key=lambda grid: grid.nmse)
-
-
-def cheapest(found: list[InputGrid]) -> InputGrid:
-    """Of what `search_input` found the best, or the best of one byte if its error is not much larger."""
-    return next(
-        (grid for grid in found if grid.format.one_byte and grid.nmse <= WORTH_A_BYTE * found[0].nmse), found[0]
-    )
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
