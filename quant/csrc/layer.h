@@ -92,8 +92,9 @@ TARGET static void finish(const Layer *layer, const Grid *grid, int64_t block, i
     const float *scale = layer->scale + channel;
     int32_t weights[CHANNELS];
     for (int c = 0; c < CHANNELS; c++) {
-        weights[c] = layer->wide_sums ? ((const int32_t *)layer->sums)[channel + c] : ((const int16_t *)layer->sums)[channel + c];
-        offset[c] = scale[c] * zero * (float)weights[c] + (layer->bias ? layer->bias[channel + c] : 0.0f);
+        const int64_t place = channel + c;
+        weights[c] = layer->wide_sums ? ((const int32_t *)layer->sums)[place] : ((const int16_t *)layer->sums)[place];
+        offset[c] = scale[c] * zero * (float)weights[c] + (layer->bias ? layer->bias[place] : 0.0f);
         lifted[c] = (uint32_t)grid->lift * (uint32_t)weights[c];
     }
     for (int64_t r = row; r < row + rows; r++, sums += grid->digits * CHANNELS) {
