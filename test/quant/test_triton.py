@@ -100,7 +100,7 @@ def test_without_a_gpu_no_kernels_are_promised():
     assert not triton_layer.available(torch.device("cpu"))
 
 
-WEIGHTS = {"tiles": "*u8", "table": "*i8", "choice": "*u8", "scale": "*fp32", "bias": "*fp32", "sums": "*i32"}
+WEIGHTS = {"tiles": "*u8", "table": "*i8", "choice": "*u8", "scale": "*fp32", "bias": "*fp32", "sums": "*i16"}
 GRID = {"step": "fp32", "zero": "fp32", "mantissa": "i32", "low": "fp32", "high": "fp32"}
 SIZES = dict.fromkeys(("rows", "columns", "channels", "groups", "width"), "i32")
 NAMES = {
