@@ -196,6 +196,11 @@ def _pack(
     return packed, Packed(name, *size, formats, nmse, clip, inputs.activation, inputs.nmse, inputs.anomalous)
 
 
+def quantise_layer(name: str, layer: nn.Linear, config: MSFPConfig, seen: Inputs) -> tuple[PackedLinear, Packed]:
+    """One layer as `config` wants it, its weights at the nearest numbers, and what became of it."""
+    return _pack(name, layer, config, _search_inputs(name, config, seen, end=False), None)
+
+
 def _anomalous(name: str, config: MSFPConfig, seen: Inputs) -> str:
     given = find(config.anomalous, name)
     if given is not None:
