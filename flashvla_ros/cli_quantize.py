@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +50,8 @@ class Quantize:
     """Looked at to compare the actions, of other episodes."""
     sensitivity: bool = False
     """Also quantise every group of layers alone, to see which of them cost most."""
+    nearest: bool = False
+    """Round every weight to the nearest number, and not so that weights and bias make up for it (GPTQ)."""
     talora: bool = False
     """Of a policy with a diffusion head: the head has as few bits as the rest, but for its first and last layers, and
     is fine-tuned without data by adapters of low rank, of which each step of the sampler has one; they are merged
@@ -85,6 +87,7 @@ class Quantize:
         if tune is not None:
             diffusion_head(policy.model)
         config = vla_config(self.bits, None if self.act_bits == 16 else self.act_bits, self.family, tune is not None)
+        config = replace(config, compensate=not self.nearest)
         facts = {"policy": self.policy, "calibration": self.calibration, "seed": self.seed}
         quantize(policy, config, self.clips(policy), self.check, self.out, facts, self.sensitivity, self.json, tune)
         return 0

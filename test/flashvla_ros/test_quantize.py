@@ -41,9 +41,10 @@ def test_it_writes_a_policy_a_report_and_a_picture(quantize, capsys):
 
 
 def test_it_prints_a_row_for_every_layer_and_why_others_were_left(quantize, capsys):
-    status, _ = quantize("--bits", "6", "--act-bits", "16", "--family", "int")
+    status, out = quantize("--bits", "6", "--act-bits", "16", "--family", "int", "--nearest")
     said = capsys.readouterr().out
     assert status == 0
+    assert json.loads((out / "report.json").read_text())["config"]["compensate"] is False
     row = next(line for line in said.splitlines() if "layers.0.mlp.down_proj" in line)
     assert "E1M4" in row
     assert "float" in row
