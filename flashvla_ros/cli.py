@@ -61,7 +61,7 @@ class Demo:
     suite: str = "libero_spatial"
     task: str = "0"
     """Index or instruction."""
-    init_state: int = 0
+    init_state: int = 3
     """Official initial state."""
     policy: str = "mini"
     """Name of an installed policy, or a folder of weights."""
