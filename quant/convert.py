@@ -22,14 +22,7 @@ from quant.config import MSFPConfig, find
 from quant.errors import QuantError
 from quant.formats import encode
 from quant.packed import Activation, PackedLinear
-from quant.search import (
-    Candidates,
-    WeightGrid,
-    input_candidates,
-    search_input,
-    search_weight,
-    weight_candidates,
-)
+from quant.search import Candidates, WeightGrid, input_candidates, search_input, search_weight, weight_candidates
 
 # Numbers of moments, K x K for a layer, that are in memory together: 2 GB.
 MOMENTS = 1 << 28

@@ -78,22 +78,13 @@ def _compute(
     return y.to(x.dtype)
 
 
-def _compute_on_gpu(
-    x: Tensor,
-    tiles: Tensor,
-    table: Tensor | None,
-    choice: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    sums: Tensor,
-    channels: int,
-    *grid: Any,
-) -> Tensor:
+def _compute_on_gpu(x: Tensor, *layer: Any) -> Tensor:
     """The same on a GPU, for formats of 4 bits."""
+    tiles, table, choice, scale, _, sums, channels = layer[:7]
     if table is None:
         raise QuantError("the GPU's kernels take codes of 4 bits: use PackedLinear, which computes other formats too")
     _check(x.shape[-1], channels, tiles, 1, choice, scale, sums)
-    return triton_layer.packed_linear(x, tiles, table, choice, scale, bias, sums, channels, *grid)
+    return triton_layer.packed_linear(x, *layer)
 
 
 def _check(inputs: int, channels: int, tiles: Tensor, lanes: int, *each: Tensor) -> None:
