@@ -59,8 +59,8 @@ class CollectConfig:
         object.__setattr__(self, "tasks", tuple(find_task(self.suite, task).index for task in tasks))
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigurationError(f"CollectConfig.tasks names one twice: {self.tasks}")
-        for name in ("episodes", "turn"):
-            if getattr(self, name) < 1:
+        for name in ("episodes", "turn", "cut"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigurationError(f"CollectConfig.{name} is {getattr(self, name)}: it must be at least 1")
         if not 0 <= self.seed <= 2**32 - self.episodes:
             raise ConfigurationError(f"CollectConfig.seed is {self.seed}: it must be from 0 to {2**32 - self.episodes}")

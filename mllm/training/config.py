@@ -109,6 +109,8 @@ class TrainConfig:
         object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
         if not data or not all(isinstance(folder, str) and folder for folder in data):
             raise PolicyError(f"TrainConfig.data is {self.data!r}: it must name one folder of demonstrations or more")
+        if not all(isinstance(name, str) and name for name in self.frozen):
+            raise PolicyError(f"TrainConfig.frozen is {self.frozen!r}: it must be names of modules")
         if not self.init and self.model not in NAMED:
             raise PolicyError(f"TrainConfig.model is {self.model!r}: choose one of {', '.join(NAMED)}, or give init")
         check_choice(self, {"precision": ("auto", "float32", "bfloat16"), "device": ("cpu", "cuda")})

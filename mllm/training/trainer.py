@@ -65,11 +65,11 @@ class Trainer:
         self.cumulated = np.cumsum(self.frames.weights(dict(config.phase_weights), dict(config.source_weights)))
         self.learner = Learner(model, config, len(phases)).to(self.device)
         init_heads(self.learner, config.seed)
-        freeze(model, config.frozen)
         if config.lora_rank:
             from mllm.training.lora import add_adapters
 
             add_adapters(self.learner.model, config.lora_rank)
+        freeze(model, config.frozen)
         self.average = copy.deepcopy(self.learner).requires_grad_(False)
         self.optimisers = make_optimisers(self.learner, config)
         self.step = 0
@@ -81,7 +81,9 @@ class Trainer:
         say(f"{len(kept)} episodes, {len(self.frames)} frames to learn from, {len(out)} held out; {trained:,} weights")
 
     def _check_same(self, facts: dict[str, Any]) -> None:
-        was, now = facts["config"], json.loads(self.config.to_json())
+        # A field that the run's own version did not have yet was at its default.
+        defaults = TrainConfig(name=self.config.name, data=self.config.data)
+        was, now = {**json.loads(defaults.to_json()), **facts["config"]}, json.loads(self.config.to_json())
         free = ("checkpoint_seconds", "log_seconds", "threads")
         changed = [key for key in now if key not in free and was.get(key) != now[key]]
         if changed:

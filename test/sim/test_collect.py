@@ -10,8 +10,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mllm.demonstrations import demonstration_files, read_demonstration
 from sim.collect import CollectConfig, collect
+from sim.errors import ConfigurationError
 
 CONFIG = CollectConfig(suite="libero_object", tasks=(0,), episodes=3, seed=70, image_size=32, images="webp", turn=2)
 
@@ -59,3 +62,5 @@ def test_cut_episodes_are_kept_and_ask_for_what_their_seed_draws(tmp_path):
     assert [len(demo.actions) for demo in demos] == [3] * 4
     assert len({demo.instruction for demo in demos}) > 1
     assert collect(config, tmp_path).before == 4
+    with pytest.raises(ConfigurationError, match="cut is 0: it must be at least 1"):
+        replace(config, cut=0)

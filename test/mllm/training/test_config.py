@@ -29,6 +29,7 @@ CONFIGS = Path(mllm.training.__file__).parent / "configs"
         ("name: a\ndata: [d]\nmuon_rate: .nan", "muon_rate is nan"),
         ("name: a\ndata: [d]\nmodel: giant", "model is 'giant': choose one of"),
         ("name: a\ndata: [d]\ndevice: tpu", "device is 'tpu'"),
+        ("name: a\ndata: [d]\nfrozen: ['']", "it must be names of modules"),
         ("name: a\ndata: [d]\nphase_weights: {close: -1}", "'close' has -1"),
         ("- 1", "must be a mapping"),
         ("a: [", "cannot be read as YAML"),

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.policy import Observation, make_policy  # noqa: E402
 from mllm.training.config import TrainConfig  # noqa: E402
+from mllm.training.state import read_facts  # noqa: E402
 from mllm.training.trainer import Trainer  # noqa: E402
 
 
@@ -116,6 +117,16 @@ def test_a_run_does_not_go_on_with_another_configuration_or_other_data(settings,
         (tmp_path / "aside").rename(one)
 
 
+def test_a_run_of_a_version_without_a_field_goes_on_at_its_default(settings, tmp_path):
+    path = trained(settings, tmp_path, until=1).folder / "state.safetensors"
+    facts = read_facts(path.parent)
+    del facts["config"]["frozen"]
+    save_file(load_file(path), path, {"facts": json.dumps(facts)})
+    assert Trainer(TrainConfig(**settings), tmp_path, silent).step == 1
+    with pytest.raises(PolicyError, match=r"frozen was \[\] and is \['projector'\]"):
+        Trainer(TrainConfig(**settings, frozen=["projector"]), tmp_path, silent)
+
+
 def test_a_damaged_state_is_an_error_that_names_it(settings, tmp_path):
     trainer = trained(settings, tmp_path, until=1)
     path = trainer.folder / "state.safetensors"
@@ -160,6 +171,14 @@ def test_adapters_alone_are_trained_and_the_shipped_model_has_none(settings, tmp
         policy.model.language_model.model.layers[0].mlp.down_proj.weight,
         trainer.learner.model.language_model.model.layers[0].mlp.down_proj.get_base_layer().weight,
     )
+
+
+def test_what_is_frozen_stays_so_beside_adapters(settings, tmp_path):
+    pytest.importorskip("accelerate")
+    trainer = Trainer(TrainConfig(**settings, lora_rank=2, frozen=["action_head"]), tmp_path, silent)
+    moving = {name for name, weight in trainer.learner.model.named_parameters() if weight.requires_grad}
+    assert any("lora" in name for name in moving)
+    assert not any(name.startswith("action_head") for name in moving)
 
 
 def test_frozen_modules_stay_as_they_were_and_the_rest_learns(settings, tmp_path):
