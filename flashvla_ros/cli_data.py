@@ -34,8 +34,8 @@ class Collect:
     seed: int = 0
     """Of the first episode; the next has the next one."""
     draw: Literal["sampled", "shuffled"] = "sampled"
-    """Starts as LIBERO draws them, or, in libero_object, with objects that exchange places, any of which may be asked
-    for."""
+    """Starts as LIBERO draws them, or with instructions about any object: in libero_spatial either bowl may be asked
+    for, in libero_object any object, and they exchange places."""
     cut: int | None = None
     """End every episode after so many steps, and keep it: many beginnings show what words mean in a scene for the price
     of a few whole episodes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -114,11 +115,12 @@ class Report:
 
 @dataclass(frozen=True)
 class SwapObjects:
-    """Tell a policy another object's name in scenes of libero_object that hold both, and see to which one it goes."""
+    """Ask a policy for the other object in scenes that hold both, and see to which one it goes."""
 
     policy: str = "mini"
     """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
+    suite: Literal["libero_spatial", "libero_object"] = "libero_object"
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
     states: str = "0-2"
@@ -133,12 +135,12 @@ class SwapObjects:
 
         from mllm.policy import make_policy
         from sim.schedule import parse_numbers, parse_tasks
-        from sim.swap import SUITE, play_swaps
+        from sim.swap import play_swaps
 
         policy = make_policy(self.policy, **self.how.chosen())
-        tasks, states = parse_tasks(SUITE, self.tasks), parse_numbers(self.states, "--states")
+        tasks, states = parse_tasks(self.suite, self.tasks), parse_numbers(self.states, "--states")
         episodes = []
-        for episode in play_swaps(policy, tasks, states):
+        for episode in play_swaps(policy, self.suite, tasks, states):
             episodes.append(episode)
             said = f"task {episode.task} state {episode.init_state}: told {episode.told}, usually {episode.usual}"
             sys.stderr.write(f"{said}; lifted {', '.join(episode.carried) or 'nothing'}\n")

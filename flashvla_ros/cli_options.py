@@ -57,7 +57,7 @@ class EpisodeOptions:
     """Initial states such as 20-49, in place of --trials and --first-state."""
     draw: Literal["", "sampled", "shuffled"] = ""
     """Draw fresh starts: the numbers are seeds instead of official initial states. sampled is LIBERO's way; shuffled
-    objects of libero_object exchange places, and any of them may be asked for."""
+    asks for either bowl of libero_spatial, or for any object of libero_object, where they exchange places."""
     seed: int = 0
     """Places the fixtures, which official initial states leave open."""
     workers: int = 2

@@ -11,7 +11,7 @@ import numpy as np
 from mllm.policy import ActionStep, BatchedPolicy, Observation, make_policy
 from sim.batching import is_batched
 from sim.errors import ConfigurationError
-from sim.tasks import SUITES, TaskSpec, possible, suite_tasks
+from sim.tasks import SHUFFLED_SUITES, SUITES, TaskSpec, possible, suite_tasks
 
 
 class Ablated:
@@ -71,15 +71,14 @@ def find_language(instruction: str) -> TaskSpec:
 
 
 def other_task(task: TaskSpec) -> TaskSpec:
-    """The next task of the suite; of libero_object, the next whose object lies in the scene of `task` too.
+    """The next task of the suite; of `SHUFFLED_SUITES`, the next that can be followed in its scene.
 
-    Its scenes hold the objects of several tasks, so that both instructions can be followed there.
+    Its scenes hold what several tasks are about, so that both instructions make sense there.
     """
     tasks = suite_tasks(task.suite)
     following = [tasks[(task.index + step) % len(tasks)] for step in range(1, len(tasks))]
-    if task.suite != "libero_object":
-        return following[0]
-    there = [other for other in following if other in possible(task)]
-    if not there:
-        raise ConfigurationError(f"the scene of {task.language!r} holds no object of another task")
-    return there[0]
+    if task.suite in SHUFFLED_SUITES:
+        following = [other for other in following if other in possible(task)]
+    if not following:
+        raise ConfigurationError(f"the scene of {task.language!r} holds nothing that another task is about")
+    return following[0]

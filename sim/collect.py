@@ -37,7 +37,7 @@ class CollectConfig:
     draw: how starts are drawn, see `sim.tasks.DRAWS`.
     policy: who acts; None is the expert, disturbed by `noise`.
     turn: episodes of one task before the next one has its turn: few keep a stopped collection balanced, and many build
-    fewer scenes, which takes about as long as an episode.
+    fewer scenes, which takes about as long as an episode. Beginnings have ten times as many.
     """
 
     suite: str = "libero_spatial"
@@ -209,6 +209,7 @@ def collect(
 def _turns(config: CollectConfig) -> Iterator[list[Job]]:
     """Every episode, a turn of each task after the other."""
     end = config.seed + config.episodes
-    for first in range(config.seed, end, config.turn):
+    turn = config.turn * (1 if config.cut is None else 10)
+    for first in range(config.seed, end, turn):
         for task in config.tasks:
-            yield [(task, seed) for seed in range(first, min(first + config.turn, end))]
+            yield [(task, seed) for seed in range(first, min(first + turn, end))]

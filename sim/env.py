@@ -131,9 +131,8 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 
         seed: of this episode; None is the configuration's, every time.
         options: {"init_state": i} for the official initial state i (default 0), {"init_state": "sampled"} for objects
-        placed at random by `seed` as LIBERO does, or {"init_state": "shuffled"} for objects of libero_object that then
-        exchange places, with an instruction about any of them. Equal arguments give equal episodes, whatever came
-        before. `task` has the episode's instruction then.
+        placed at random by `seed` as LIBERO does, or {"init_state": "shuffled"} for an instruction about any of them,
+        see `sim.tasks.DRAWS`; `task` has it then. Equal arguments give equal episodes, whatever came before.
         Raises ConfigurationError: unknown option or initial state.
         """
         super().reset(seed=seed)
@@ -151,7 +150,9 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         # Only the last sample before the policy's first look is worth drawing.
         self._world.sampler = None if settle else self._sample
         self.task = self.config.episode_task(seed, {"init_state": chosen})
-        self._world.reset(seed, state, item=f"{item_of(self.task)}_1" if chosen == "shuffled" else None)
+        shuffled = chosen == "shuffled"
+        exchanged = shuffled and self.task.suite == "libero_object"
+        self._world.reset(seed, state, item_of(self.task) if shuffled else None, exchanged)
         for left in range(settle, 0, -1):
             self._world.sampler = self._sample if left == 1 else None
             self._stepper.step(NO_OP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from sim.ablation import other_task
 from sim.env import EnvConfig, LiberoEnv
 from sim.tasks import item_of
 
-SUITE = "libero_object"  # its scenes hold the objects of several of its tasks
 CARRIED = 0.05  # m above where it lay; our choice
 
 
@@ -37,20 +36,20 @@ class Swap:
         return {self.told: "told", self.usual: "usual"}.get(self.carried[0], "another")
 
 
-def play_swaps(policy: Policy, tasks: Sequence[int], states: Sequence[int]) -> Iterator[Swap]:
-    """Every initial state of every task of libero_object, under the instruction of `sim.ablation.other_task`.
+def play_swaps(policy: Policy, suite: str, tasks: Sequence[int], states: Sequence[int]) -> Iterator[Swap]:
+    """Every initial state of every task of one of `SHUFFLED_SUITES`, told what `sim.ablation.other_task` says.
 
     The policy is shown what its attribute `render` asks for. An episode ends when an object has been lifted, or at the
     suite's step limit.
     """
     render = {"cameras": ("agentview", "robot0_eye_in_hand"), **(getattr(policy, "render", None) or {})}
     for number in tasks:
-        env = LiberoEnv(EnvConfig(SUITE, number, **render))
+        env = LiberoEnv(EnvConfig(suite, number, **render))
         try:
-            other = other_task(env.task)
+            told = replace(env.task, language=other_task(env.task).language)
             for state in states:
-                carried = lifted(env, policy, other.language, state)
-                yield Swap(number, state, f"{item_of(other)}_1", f"{item_of(env.task)}_1", carried)
+                carried = lifted(env, policy, told.language, state)
+                yield Swap(number, state, item_of(told), item_of(env.task), carried)
         finally:
             env.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,10 +20,12 @@ STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, 
 SUITES = tuple(STEP_LIMITS)
 
 # How a start is drawn by a seed, as against an official initial state: "sampled" places objects at random as LIBERO
-# does. LIBERO always puts what a task of libero_object is about in one place, and asks for one object in one scene, so
-# that neither sight nor words are needed. "shuffled" exchanges the objects, and asks for any of them (our choice).
+# does. LIBERO asks for one object in one scene, so that words are hardly needed; "shuffled" asks for any that a task of
+# the suite is about (our choice): in libero_object, where LIBERO always puts that one in the same place, objects
+# exchange places as well; in libero_spatial every scene has a second bowl, which lies where another task's does.
 DRAWS = ("sampled", "shuffled")
-SHUFFLED_SUITES = ("libero_object",)
+SHUFFLED_SUITES = ("libero_spatial", "libero_object")
+BOWL = "akita_black_bowl_"  # 1 is what a task of libero_spatial is about
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,32 @@ def find_task(suite: str, task: int | str) -> TaskSpec:
 
 
 def item_of(task: TaskSpec) -> str:
-    """The object of a task of libero_object, as its scenes name it: "pick up the milk and place ..." is about milk."""
-    return task.language.removeprefix("pick up the ").partition(" and place")[0].replace(" ", "_")
+    """The body in its scene that a task of `SHUFFLED_SUITES` is about, by its instruction; see `asked`.
+
+    In libero_object "pick up the milk and place ..." is about milk_1. In libero_spatial it is the second bowl where the
+    instruction is not the scene's own.
+    """
+    if task.suite == "libero_spatial":
+        own = suite_tasks(task.suite)[task.index].language
+        return f"{BOWL}{1 if task.language == own else 2}"
+    return task.language.removeprefix("pick up the ").partition(" and place")[0].replace(" ", "_") + "_1"
 
 
 def possible(task: TaskSpec) -> tuple[TaskSpec, ...]:
-    """Of libero_object, the tasks whose object lies in the scene of `task`, itself among them."""
+    """Of `SHUFFLED_SUITES`, the tasks whose instruction can be followed in the scene of `task`, itself among them."""
+    if task.suite == "libero_spatial":
+        places = {_place(task, 1), _place(task, 2)}
+        return tuple(other for other in suite_tasks(task.suite) if _place(other, 1) in places)
     scene = task.bddl_file.read_text(encoding="utf-8")
-    return tuple(other for other in suite_tasks(task.suite) if f"{item_of(other)}_1" in scene)
+    return tuple(other for other in suite_tasks(task.suite) if item_of(other) in scene)
+
+
+def _place(task: TaskSpec, bowl: int) -> str:
+    # Only the initial state says (On BOWL REGION); the goal's (On BOWL plate_1) comes after it.
+    found = re.search(rf"\((?:On|In) {BOWL}{bowl} (\w+)\)", task.bddl_file.read_text(encoding="utf-8"))
+    if found is None:
+        raise ConfigurationError(f"{task.bddl_file} does not say where {BOWL}{bowl} lies")
+    return found[1]
 
 
 def asked(task: TaskSpec, start: object, seed: int) -> TaskSpec:

@@ -149,12 +149,14 @@ class World:
     def _objects(self) -> list[tuple[str, Any]]:
         return [*self.domain.objects_dict.items(), *self.domain.fixtures_dict.items()]
 
-    def reset(self, seed: int, init_state: np.ndarray | None = None, item: str | None = None) -> None:
+    def reset(
+        self, seed: int, init_state: np.ndarray | None = None, item: str | None = None, exchanged: bool = False
+    ) -> None:
         """Puts the scene where a hard reset after `seed` puts it; then, if given, sets an initial state.
 
         init_state: (1 + nq + nv,) float64, [time s, qpos, qvel].
-        item: the name of the object that the goal is about; where given, the movable objects, but for those that
-        others shall go into, exchange places by `seed`. None is the task's, with every object in its place.
+        item: the name of the object that the goal is about; None is the task's.
+        exchanged: the movable objects, but for those that others shall go into, exchange places by `seed`.
         The result depends on the arguments alone. LIBERO's own hard reset appends its drawer samplers once more at
         every reset, so the draws behind a fixture's pose depend on how many episodes came before; here they never do.
         Raises EnvironmentFault: no valid placement was found.
@@ -179,18 +181,18 @@ class World:
                         ) from error
         if init_state is not None:
             self.domain.sim.set_state_from_flattened(init_state)
-        if item is not None:
-            self._shuffle(np.random.default_rng([seed, 1]))
+        if exchanged:
+            self._exchange(np.random.default_rng([seed, 1]))
         self.domain.parsed_problem["goal_state"] = [
             [predicate, item or own, *rest] for predicate, own, *rest in self._goal
         ]
-        if init_state is not None or item is not None:
+        if init_state is not None or item is not None or exchanged:
             self.domain.sim.forward()
             self.domain._check_success()
             self.domain._post_process()
             self.domain._update_observables(force=True)
 
-    def _shuffle(self, rng: np.random.Generator) -> None:
+    def _exchange(self, rng: np.random.Generator) -> None:
         """Objects exchange their places on the floor, and keep their own height and orientation."""
         targets = [target for _, _, *named in self._goal for target in named]
         items = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ pytest.importorskip("torch")
 from mllm.policy import Observation
 from sim.ablation import Blind, Misled, other_task
 from sim.errors import ConfigurationError
-from sim.tasks import item_of, suite_tasks
+from sim.tasks import item_of, possible, suite_tasks
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 RANDOM = {"seed": 0}
@@ -34,21 +36,30 @@ def test_a_blind_policy_s_answer_does_not_depend_on_the_images():
     assert any(not np.array_equal(misled[0], other) for other in misled[1:])
 
 
-def test_a_misled_policy_hears_the_next_task_s_words():
+def test_a_misled_policy_hears_about_the_scene_s_other_bowl():
     tasks = suite_tasks("libero_spatial")
     misled = answers(Misled("mini", RANDOM), tasks[3].language)
     plain = Misled("mini", RANDOM)
     plain.told = lambda instruction: instruction  # type: ignore[method-assign]
-    assert all(map(np.array_equal, misled, answers(plain, tasks[4].language)))
+    assert all(map(np.array_equal, misled, answers(plain, tasks[9].language)))
     with pytest.raises(ConfigurationError, match="no task of LIBERO"):
         Misled("mini", RANDOM).reset("fly to the moon")
 
 
 def test_the_other_object_lies_in_the_same_scene():
-    for task in suite_tasks("libero_object"):
-        other = other_task(task)
-        assert item_of(other) != item_of(task)
-        assert f"{item_of(other)}_1" in task.bddl_file.read_text()
+    for task in suite_tasks("libero_object") + suite_tasks("libero_spatial"):
+        told = replace(task, language=other_task(task).language)
+        assert item_of(told) != item_of(task)
+        assert item_of(told) in task.bddl_file.read_text()
+
+
+def test_the_other_bowl_of_a_scene_lies_where_its_own_task_says():
+    tasks = suite_tasks("libero_spatial")
+    ways = {task.index: other_task(task).language for task in tasks}
+    assert ways[0] == tasks[1].language  # between plate and ramekin; the other is next to the ramekin
+    assert ways[4] == tasks[9].language  # in the drawer; the other is on the cabinet
+    assert all([other.index for other in possible(task)].count(task.index) == 1 for task in tasks)
+    assert all(len(possible(task)) == 2 for task in tasks)
 
 
 def test_a_policy_that_answers_one_episode_at_a_time_is_refused():
