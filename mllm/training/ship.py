@@ -33,15 +33,18 @@ def ship(run: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """The run and those it started from, the first one first: configuration, steps, and what it learned from."""
+    """The run and those it started from, the first one first: configuration, steps, and what it learned from.
+
+    What a shipped checkpoint came from is written beside it.
+    """
     facts = read_facts(run)
     if facts is None:
         raise PolicyError(f"{run} is no run: it has no state")
     config = facts["config"]
     before: list[dict[str, Any]] = []
     if config["init"]:
-        parent = Path(config["init"]).parent
-        before = history(parent) if read_facts(parent) else []
+        start = Path(config["init"])
+        before = history(start.parent) if read_facts(start.parent) else read_history(start)
     counted = Counter(
         (demo.suite, demo.source) for demo in map(read_demonstration, find_demonstrations(config["data"]))
     )
@@ -50,7 +53,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     ]
     # Folders say nothing to anybody else.
     told = {key: value for key, value in config.items() if key not in ("data", "init", "name")}
-    started = Path(config["init"]).parent.name if config["init"] else ""
+    started = before[-1]["name"] if before else Path(config["init"]).parent.name
     named = {"name": config["name"], "init": started, "step": facts["step"], "demonstrations": learned}
     return [*before, {**named, **told}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,8 @@ pytest.importorskip("torch")
 from mllm.demonstrations import read_demonstration
 from mllm.hf_config import load_config
 from mllm.training.config import TrainConfig
-from mllm.training.ship import read_history, ship
+from mllm.training.ship import history, read_history, ship
+from mllm.training.trainer import Trainer
 from sim.dagger_rounds import SEEDS_OF_ROUND, DaggerConfig, run_rounds
 from sim.errors import ConfigurationError
 
@@ -38,6 +40,11 @@ def test_a_round_collects_with_the_last_policy_and_trains_on_both(tiny, demonstr
     assert {item["source"]: item["episodes"] for item in runs[1]["demonstrations"]} == {"expert": 6, "dagger": 1}
     assert str(tmp_path) not in json.dumps(runs)
     assert load_config(tmp_path / "shipped") == load_config(last)
+
+    further = replace(first, name="further", init=str(tmp_path / "shipped"), change={}, steps=1)
+    assert Trainer(further, tmp_path, lambda line: None).run()
+    assert [run["name"] for run in history(tmp_path / "further")] == ["run", "run-dagger-1", "further"]
+    assert history(tmp_path / "further")[-1]["init"] == "run-dagger-1"
 
 
 def test_a_wrong_round_is_refused():
