@@ -9,6 +9,7 @@
     rewards, dones (T,)     uint8, 1 in the last step of a success, and in the last step
     targets (T, 6)          float32, m, privileged, for auxiliary losses (ours)
     phases (T,)             int8, what the expert was doing (ours)
+    objects/NAME (T, C, 2)  float32, where an object is in C images, privileged, for an auxiliary loss (ours, optional)
     obs/ee_pos, ee_ori, ee_states, gripper_states, joint_states
     obs/agentview_rgb, obs/eye_in_hand_rgb              (T, H, W, 3) uint8, bottom row first, as LIBERO stores them; or
     obs/agentview_rgb_webp, obs/eye_in_hand_rgb_webp    (T,) variable-length uint8, WebP, top row first (ours)
@@ -37,6 +38,7 @@ IMAGE_FORMATS = ("raw", "webp")
 WEBP_QUALITY = 90  # 6 to 8 kB for a view of 128 x 128; our choice
 WIDTHS = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2, "joint_pos": 7}
 LOST = "lost"
+OBJECTS = "objects/"
 
 Images = Sequence[bytes] | np.ndarray
 
@@ -52,6 +54,8 @@ class Demonstration:
     states: (T, 1 + nq + nv) float64, [time s, qpos, qvel] before each action.
     targets: (T, 6) float32 m, world frame: from the hand to where it takes hold of the object, and to where that goes.
     phases: (T,) int8, indices of `phase_names`.
+    objects: name, in words such as "alphabet soup" -> (T, cameras, 2) float32: row and column of its middle in the
+        images, in the order of `CAMERAS`, as shares of height and width from the top left; NaN outside of an image.
     outcome: "success" or "failure".  source: who drove, such as "expert" or "dagger".
     env_args: what robomimic makes the environment from.  provenance: versions and settings.
     """
@@ -70,6 +74,7 @@ class Demonstration:
     seed: int
     outcome: str
     source: str = "expert"
+    objects: Mapping[str, np.ndarray] = field(default_factory=dict)
     env_args: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,6 +104,11 @@ class Demonstration:
             if name not in CAMERAS or len(frames) != steps:
                 raise PolicyError(
                     f"{len(frames)} images of camera {name!r}: there must be {steps}, of one of {', '.join(CAMERAS)}"
+                )
+        for name, places in self.objects.items():
+            if places.shape != (steps, len(self.images), 2):
+                raise PolicyError(
+                    f"objects: {name!r} has shape {places.shape}: it must be {(steps, len(self.images), 2)}"
                 )
         if not (self.phases.min() >= 0 and self.phases.max() < len(self.phase_names)):
             raise PolicyError(f"phases are {self.phases.min()} to {self.phases.max()}: names are {self.phase_names}")
@@ -190,6 +200,7 @@ def _fill(file: h5py.File, demo: Demonstration, images: str) -> None:
         "obs/gripper_states": gripper,
         "obs/joint_states": joints,
     }
+    arrays |= {OBJECTS + name: np.asarray(places, np.float32) for name, places in demo.objects.items()}
     data = file.create_group("data")
     data.attrs.update(layout_attributes(demo.suite, demo.instruction, demo.env_args, demos=1, total=steps))
     group = data.create_group("demo_0")
@@ -306,6 +317,7 @@ def _build(stored: Mapping[str, Any], named: dict[str, Any], decode: bool) -> De
             "joint_pos": stored["obs/joint_states"],
         },
         **{name: stored[name] for name in ("actions", "executed", "states", "targets", "phases")},
+        objects={name[len(OBJECTS) :]: places for name, places in stored.items() if name.startswith(OBJECTS)},
         **{**named, "phase_names": tuple(named["phase_names"])},
     )
 

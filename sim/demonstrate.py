@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from sim.env import LiberoEnv
 from sim.executor import Executor
 from sim.expert import make_expert
 from sim.tasks import SUITES
-from sim.world import CONTROL_FREQ
+from sim.world import CONTROL_FREQ, Privileged
 
 # Steps in a row in which the expert knows of nothing to do, after which there is nothing more to learn; our choice.
 LOST_LIMIT = 20
@@ -31,6 +34,10 @@ def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "samp
     images: dict[str, list[np.ndarray]] = {name: [] for name in env.config.cameras}
     proprio: dict[str, list[np.ndarray]] = {name: [] for name in WIDTHS}
     labels, executed, states, targets, phases = [], [], [], [], []  # type: ignore[var-annotated]
+    privileged = env.privileged()
+    named = object_words(privileged)
+    cameras = [privileged.model.camera(name).id for name in env.config.cameras]
+    objects: dict[str, list[np.ndarray]] = {name: [] for name in named}
     done = success = False
     while not done:
         seen = env.observation_for_policy(observation)
@@ -39,6 +46,8 @@ def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "samp
         states.append(env.state())
         targets.append(expert.targets)
         phases.append(expert.phase)
+        for name, body in named.items():
+            objects[name].append(places_in_images(privileged, cameras, body))
         for name, frames in images.items():
             frames.append(seen.images[name])
         for name, values in proprio.items():
@@ -61,9 +70,35 @@ def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "samp
         seed=seed,
         outcome="success" if success else "failure",
         source=executor.source,
+        objects={name: np.array(places) for name, places in objects.items()},
         env_args=_env_args(env),
         provenance=env.provenance(),
     )
+
+
+def object_words(privileged: Privileged) -> dict[str, int]:
+    """ "alphabet soup" -> number of the body called alphabet_soup_1, of everything movable that there is one of."""
+    movable = {name: body for name, body in privileged.body_ids.items() if privileged.model.body_dofnum[body] == 6}
+    words = {name: name.rpartition("_")[0].replace("_", " ") for name in movable}
+    counted = Counter(words.values())
+    return {words[name]: body for name, body in movable.items() if counted[words[name]] == 1}
+
+
+def places_in_images(privileged: Privileged, cameras: Sequence[int], body: int) -> np.ndarray:
+    """(cameras, 2) float32: row and column of a body's origin as shares of the height and width of a square image.
+
+    NaN where it lies outside, or behind the camera. What hides it does not count.
+    """
+    model, data = privileged.model, privileged.data
+    found = np.full((len(cameras), 2), np.nan, np.float32)
+    for place, camera in enumerate(cameras):
+        x, y, z = data.cam_xmat[camera].reshape(3, 3).T @ (data.xpos[body] - data.cam_xpos[camera])
+        if z < 0:  # a camera looks along its own -z, with y upwards
+            size = -2 * z * math.tan(math.radians(model.cam_fovy[camera]) / 2)
+            share = np.array([0.5 - y / size, 0.5 + x / size])
+            if (share >= 0).all() and (share <= 1).all():
+                found[place] = share
+    return found
 
 
 def _env_args(env: LiberoEnv) -> dict[str, Any]:

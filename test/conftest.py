@@ -49,6 +49,7 @@ def _make(steps: int = 5, seed: int = 0, size: int = 16, **changes: object) -> D
         seed=seed,
         outcome="success",
         source="expert",
+        objects={"black bowl": rng.uniform(size=(steps, 2, 2)).astype(np.float32)},
         env_args={"problem_name": "libero_tabletop_manipulation", "bddl_file": "libero_goal/x.bddl"},
         provenance={"mujoco": "3.3.2"},
     )
@@ -82,6 +83,7 @@ def _pointing(seed: int, steps: int = 12, source: str = "expert", size: int = 32
         seed=seed,
         outcome="success",
         source=source,
+        objects={"bowl": np.full((steps, 2, 2), (np.array([row, column]) + 4) / size, np.float32)},
         provenance={"renderer": "fast", "image_size": str(size)},
     )
 

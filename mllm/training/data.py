@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm.demonstrations import Demonstration, decode_image, read_demonstration
+from mllm.demonstrations import CAMERAS, Demonstration, decode_image, read_demonstration
 from mllm.errors import PolicyError
 from mllm.tokenizer import Tokenizer
 
@@ -21,6 +21,7 @@ class Batch:
     images: (B, cameras, S, S, 3) uint8, upright.  proprio: (B, numbers) float64, not normalised.
     texts: token ids a sample.  actions: (B, chunk, 7) float32 labels; known: (B, chunk) bool, False past the end.
     targets: (B, 6) float32 m.  phases: (B,) int64.
+    objects: (B, K, cameras, 2) float32, in the order of their names, as `Demonstration.objects`, NaN where unseen.
     """
 
     images: np.ndarray
@@ -30,6 +31,7 @@ class Batch:
     known: np.ndarray
     targets: np.ndarray
     phases: np.ndarray
+    objects: np.ndarray
 
 
 class Frames:
@@ -39,9 +41,16 @@ class Frames:
     """
 
     def __init__(
-        self, demonstrations: Sequence[Demonstration], cameras: Sequence[str], proprio: Sequence[str], phases: list[str]
+        self,
+        demonstrations: Sequence[Demonstration],
+        cameras: Sequence[str],
+        proprio: Sequence[str],
+        phases: list[str],
+        objects: Sequence[str] = (),
     ) -> None:
-        """phases: names seen so far, to which new ones are added: a phase's number is its place in the list."""
+        """phases: names seen so far, to which new ones are added: a phase's number is its place in the list.
+        objects: names of those whose places are wanted.
+        """
         if not demonstrations:
             raise PolicyError("there are no demonstrations to learn from: collect some first")
         self.images: list[tuple[bytes | np.ndarray, ...]] = []
@@ -66,6 +75,11 @@ class Frames:
         self.end = np.repeat(np.cumsum(lengths), lengths)
         self.episode = np.repeat(np.arange(len(demonstrations)), lengths)
         self.instructions = [demo.instruction for demo in demonstrations]
+        self.objects = np.full((len(self.images), len(objects), len(cameras), 2), np.nan, np.float32)
+        for end, demo in zip(np.cumsum(lengths), demonstrations, strict=True):
+            for name in set(objects) & set(demo.objects):
+                views = [[name for name in CAMERAS if name in demo.images].index(camera) for camera in cameras]
+                self.objects[end - len(demo.actions) : end, objects.index(name)] = demo.objects[name][:, views]
         self.sources = np.array([demo.source for demo in demonstrations])
 
     def __len__(self) -> int:
@@ -100,6 +114,7 @@ class Frames:
             known=inside & self.valid[ahead],
             targets=self.targets[index],
             phases=self.phases[index].astype(np.int64),
+            objects=self.objects[index],
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from mllm.actions import ActionTokens, gripper_from_command
 from mllm.diffusion.head import DiffusionHead
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch
+from mllm.training.objects import ObjectHead, object_loss
 from mllm.vla import VLA
 
 TARGET_SCALE = 0.1  # m, that count as 1 in the auxiliary loss; our choice
@@ -19,16 +22,19 @@ TARGET_SCALE = 0.1  # m, that count as 1 in the auxiliary loss; our choice
 class Learner(nn.Module):
     """forward(batch, generator) -> losses by name; "loss" is what to descend.
 
+    phases: how many.  objects: token ids of the words for each object of a batch.
+
     Where the model answers with numbers the main loss is their L1 distance (OpenVLA-OFT, arXiv 2502.19645); where it
     draws them from noise, the squared error of the noise (DDPM, arXiv 2006.11239); where it answers with tokens, the
     cross-entropy against the label's bin and its neighbours.
     """
 
-    def __init__(self, model: VLA, config: TrainConfig, phases: int) -> None:
+    def __init__(self, model: VLA, config: TrainConfig, phases: int, objects: Sequence[Sequence[int]] = ()) -> None:
         super().__init__()
         self.model, self.config = model, config
         hidden = model.config.decoder.hidden_size
         self.target_head, self.phase_head = nn.Linear(hidden, 6), nn.Linear(hidden, phases)
+        self.object_head = ObjectHead(hidden, objects) if objects and config.object_weight else None
         vla = model.config
         self.tokens = ActionTokens(vla.action_bins, vla.token_vocab)
         self.register_buffer("soft", soft_labels(vla.action_bins, config.smoothing), persistent=False)
@@ -95,6 +101,7 @@ class Learner(nn.Module):
                     hidden = model.one_pass(*prompt)
                 answer = model.language_model.logits(hidden, model.config.action_ids)
             targets, phases = self.target_head(hidden[:, 0]), self.phase_head(hidden[:, 0])
+            found = None if self.object_head is None else self.object_head(model.embed, visual)
         answer = answer.float()
         if model.action_head is not None:
             error = (answer - actions).abs()
@@ -117,7 +124,14 @@ class Learner(nn.Module):
                 "grip_wrong": (first[:, 6] > 1).float().mean(),
             }
         loss = action_loss + config.target_weight * target_loss + config.phase_weight * phase_loss
-        return {"loss": loss, "action": action_loss, "target": target_loss, "phase": phase_loss, **report}
+        losses = {"action": action_loss, "target": target_loss, "phase": phase_loss}
+        if found is not None:
+            places = batch.objects
+            if model.config.images.mirror:
+                places = np.stack([places[..., 0], 1 - places[..., 1]], -1)
+            losses["object"] = object_loss(found.float(), places)
+            loss = loss + config.object_weight * losses["object"]
+        return {"loss": loss, **losses, **report}
 
     def normalised(self, actions: np.ndarray) -> np.ndarray:
         """Commands to what the model is to say, by the inverse of the policy's transforms."""

@@ -59,11 +59,13 @@ class Trainer:
         vla = model.config
         phases: list[str] = []
         kept = [demo for demo in demos if not held_out(demo, config.validation)]
-        self.frames = Frames(kept, vla.cameras, vla.proprio, phases)
+        objects = sorted({name for demo in demos for name in demo.objects})
+        self.frames = Frames(kept, vla.cameras, vla.proprio, phases, objects)
         out = [demo for demo in demos if held_out(demo, config.validation)]
-        self.checked = Frames(out, vla.cameras, vla.proprio, phases) if out else None
+        self.checked = Frames(out, vla.cameras, vla.proprio, phases, objects) if out else None
         self.cumulated = np.cumsum(self.frames.weights(dict(config.phase_weights), dict(config.source_weights)))
-        self.learner = Learner(model, config, len(phases)).to(self.device)
+        words = [self.tokenizer.prompt(name) for name in objects]
+        self.learner = Learner(model, config, len(phases), words).to(self.device)
         init_heads(self.learner, config.seed)
         if config.lora_rank:
             from mllm.training.lora import add_adapters
@@ -230,6 +232,10 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 def init_heads(learner: Learner, seed: int) -> None:
     """The auxiliary heads start at small random values by the seed."""
     generator = torch.Generator().manual_seed(seed + 1)
-    for head in (learner.target_head, learner.phase_head):
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
-        head.bias.zero_()
+    asking = learner.object_head
+    attention = [asking.query, asking.key] if asking else []
+    for head in (learner.target_head, learner.phase_head, *attention):
+        spread = head.weight.shape[1] ** -0.5 if head in attention else 0.02
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * spread)
+        if head.bias is not None:
+            head.bias.zero_()

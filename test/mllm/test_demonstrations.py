@@ -26,6 +26,9 @@ STEPS = 5  # of what `make_demonstration` makes by itself
 
 
 def assert_same(one: Demonstration, other: Demonstration) -> None:
+    assert list(one.objects) == list(other.objects)
+    for name, places in one.objects.items():
+        np.testing.assert_array_equal(places, other.objects[name])
     for name in ("actions", "executed", "states", "targets", "phases"):
         left, right = getattr(one, name), getattr(other, name)
         assert left.dtype == right.dtype
@@ -201,6 +204,7 @@ except OSError as error:
         ({"actions": np.zeros((STEPS, 6))}, "actions has shape"),
         ({"executed": np.zeros((STEPS + 1, 7))}, "executed has shape"),
         ({"targets": np.full((STEPS, 6), np.nan, np.float32)}, "targets holds"),
+        ({"objects": {"plate": np.zeros((STEPS, 3))}}, "'plate' has shape"),
         ({"phases": np.full(STEPS, 3, np.int8)}, "phases are"),
         ({"outcome": "error"}, "outcome is 'error'"),
         ({"images": {"agentview": [b""] * 3}}, "3 images of camera 'agentview'"),

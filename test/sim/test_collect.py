@@ -16,7 +16,9 @@ from mllm.demonstrations import demonstration_files, read_demonstration
 from sim.collect import CollectConfig, collect
 from sim.errors import ConfigurationError
 
-CONFIG = CollectConfig(suite="libero_object", tasks=(0,), episodes=3, seed=70, image_size=32, images="webp", turn=2)
+CONFIG = CollectConfig(
+    suite="libero_object", tasks=(0,), episodes=3, seed=70, image_size=32, images="webp", turn=2, cut=12
+)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -26,8 +28,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_a_collection_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     end = collect(CONFIG, whole, workers=1)
-    assert (end.total, end.before, end.done, end.successes, end.errors) == (3, 0, 3, 3, 0)
-    assert end.frames == sum(len(read_demonstration(path).actions) for path in demonstration_files(whole))
+    assert (end.total, end.before, end.done, end.cut, end.errors, end.frames) == (3, 0, 3, 3, 0, 36)
 
     code = f"""
 from pathlib import Path

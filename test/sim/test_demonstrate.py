@@ -14,7 +14,7 @@ from mllm.policy import ActionSpec, HoldPolicy
 from sim.collect import CollectConfig, Collector
 from sim.dagger import MixedPolicy, PolicyMix
 from sim.dataset import SuiteFolder
-from sim.demonstrate import LOST_LIMIT, demonstrate
+from sim.demonstrate import LOST_LIMIT, demonstrate, object_words, places_in_images
 from sim.env import LiberoEnv
 from sim.errors import ConfigurationError
 from sim.executor import Noise, NoisyExpert
@@ -66,6 +66,22 @@ def test_executing_what_was_done_repeats_every_state_and_image(env, noisy):
     np.testing.assert_array_equal(again.actions, noisy.actions)
     for camera, images in noisy.images.items():
         np.testing.assert_array_equal(again.images[camera], images)
+
+
+def test_objects_are_where_the_images_show_them(env):
+    before, _ = env.reset(seed=SEED, options={"init_state": "sampled"})
+    privileged = env.privileged()
+    words = object_words(privileged)
+    assert {"plate", "cookies", "glazed rim porcelain ramekin"} == set(words)  # there are two bowls
+    number = privileged.model.camera("agentview").id
+    places = {name: places_in_images(privileged, [number], body)[0] for name, body in words.items()}
+    joint = privileged.model.body_jntadr[words["plate"]]
+    privileged.data.qpos[privileged.model.jnt_qposadr[joint] + 2] -= 5
+    after, *_ = env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    changed = np.abs(after["images"]["agentview"].astype(int) - before["images"]["agentview"]).sum(-1)
+    row, column = np.argwhere(changed > 60).mean(0) / len(changed)
+    np.testing.assert_allclose(places["plate"], [row, column], atol=0.06)
+    assert min(np.linalg.norm(places["plate"] - place) for name, place in places.items() if name != "plate") > 0.1
 
 
 def test_targets_are_where_the_hand_goes_first_and_where_the_bowl_ends_up(env, noisy):
