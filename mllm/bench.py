@@ -63,6 +63,9 @@ class FixedTokenizer:
     def prompt(self, instruction: str) -> list[int]:
         return self._ids
 
+    def word(self, text: str) -> int:
+        return self._ids[-1]
+
     def save(self, folder: Any) -> None:
         raise PolicyError("a benchmark's tokenizer is not saved")
 

@@ -29,6 +29,10 @@ class Tokenizer(Protocol):
         """The ids of a whole prompt, beginning with BOS. Raises PolicyError: no words, or far too many."""
         ...
 
+    def word(self, text: str) -> int:
+        """The id with which a word begins inside of a prompt."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes the file from which `load_tokenizer` reads it again."""
         ...
@@ -65,6 +69,9 @@ class WordTokenizer:
         words = re.findall(r"[a-z0-9]+", check_instruction(instruction).lower())
         return [1, *(self._ids.get(word, 2) for word in words)]
 
+    def word(self, text: str) -> int:
+        return self._ids.get(text.lower(), 2)
+
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_text(json.dumps(list(self.words)), encoding="utf-8")
 
@@ -90,6 +97,9 @@ class LlamaTokenizer:
     def prompt(self, instruction: str) -> list[int]:
         ids = self._fast.encode(openvla_prompt(check_instruction(instruction)), add_special_tokens=False).ids
         return [self._bos, *ids, *([] if ids[-1] == BEFORE_ACTION else [BEFORE_ACTION])]
+
+    def word(self, text: str) -> int:
+        return int(self._fast.encode(text.lower(), add_special_tokens=False).ids[0])
 
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_text(self._text, encoding="utf-8")

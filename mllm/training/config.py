@@ -57,7 +57,7 @@ class TrainConfig:
     smoothing: bins, the spread of a label over its neighbours; of action tokens only.
     gripper_weight: of the gripper's number in the loss, where each of the others counts 1.
     target_weight, phase_weight, object_weight: of the auxiliary losses, which read privileged state and are no part of
-        the model: where to grasp and to put, what the expert is doing, and where every object is (`ObjectHead`).
+        the model: where to grasp and to put, what the expert is doing, what words attend to (`mllm.training.objects`).
     phase_weights: phase -> how much more often its frames are drawn.
     source_weights: a demonstration's source ("expert", "dagger") -> how much more often its frames are drawn.
     shift: pixels by which images are moved at random.  jitter: largest change of brightness and contrast.

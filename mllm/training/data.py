@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,13 @@ def load_demonstrations(paths: Sequence[Path]) -> tuple[list[Demonstration], str
         digest.update(np.ascontiguousarray(demo.actions).tobytes())
         demos.append(demo)
     return demos, digest.hexdigest()
+
+
+def names_by_word(demos: Sequence[Demonstration]) -> dict[str, str]:
+    """First word -> name, of the objects that the demonstrations show where no other begins with the same word."""
+    names = sorted({name for demo in demos for name in demo.objects})
+    counted = Counter(name.split()[0] for name in names)
+    return {name.split()[0]: name for name in names if counted[name.split()[0]] == 1}
 
 
 def held_out(demo: Demonstration, share: float) -> bool:

@@ -13,7 +13,7 @@ from mllm.actions import ActionTokens, gripper_from_command
 from mllm.diffusion.head import DiffusionHead
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch
-from mllm.training.objects import ObjectHead, object_loss
+from mllm.training.objects import attention_of_words, object_loss
 from mllm.vla import VLA
 
 TARGET_SCALE = 0.1  # m, that count as 1 in the auxiliary loss; our choice
@@ -22,19 +22,19 @@ TARGET_SCALE = 0.1  # m, that count as 1 in the auxiliary loss; our choice
 class Learner(nn.Module):
     """forward(batch, generator) -> losses by name; "loss" is what to descend.
 
-    phases: how many.  objects: token ids of the words for each object of a batch.
+    phases: how many.  objects: token id of the word for each object of a batch.
 
     Where the model answers with numbers the main loss is their L1 distance (OpenVLA-OFT, arXiv 2502.19645); where it
     draws them from noise, the squared error of the noise (DDPM, arXiv 2006.11239); where it answers with tokens, the
     cross-entropy against the label's bin and its neighbours.
     """
 
-    def __init__(self, model: VLA, config: TrainConfig, phases: int, objects: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, model: VLA, config: TrainConfig, phases: int, objects: Sequence[int] = ()) -> None:
         super().__init__()
         self.model, self.config = model, config
         hidden = model.config.decoder.hidden_size
         self.target_head, self.phase_head = nn.Linear(hidden, 6), nn.Linear(hidden, phases)
-        self.object_head = ObjectHead(hidden, objects) if objects and config.object_weight else None
+        self.register_buffer("objects", torch.tensor(objects, dtype=torch.int64), persistent=False)
         vla = model.config
         self.tokens = ActionTokens(vla.action_bins, vla.token_vocab)
         self.register_buffer("soft", soft_labels(vla.action_bins, config.smoothing), persistent=False)
@@ -44,6 +44,11 @@ class Learner(nn.Module):
         planes = [(tower.mean, tower.std) for tower in vla.towers]
         self.register_buffer("mean", torch.tensor([v for mean, _ in planes for v in mean]), persistent=False)
         self.register_buffer("std", torch.tensor([v for _, std in planes for v in std]), persistent=False)
+
+    @property
+    def pointing(self) -> bool:
+        """Whether words learn to attend to what they name."""
+        return bool(len(self.objects) and self.config.object_weight)  # type: ignore[arg-type]
 
     def pixels(self, images: np.ndarray, generator: np.random.Generator | None) -> Tensor:
         """images: (B, cameras, S, S, 3) uint8. Returns (B, cameras, 3 * towers, S, S) float32, normalised, and moved
@@ -101,7 +106,7 @@ class Learner(nn.Module):
                     hidden = model.one_pass(*prompt)
                 answer = model.language_model.logits(hidden, model.config.action_ids)
             targets, phases = self.target_head(hidden[:, 0]), self.phase_head(hidden[:, 0])
-            found = None if self.object_head is None else self.object_head(model.embed, visual)
+            pointed = attention_of_words(model, visual, self.objects) if self.pointing else None  # type: ignore[arg-type]
         answer = answer.float()
         if model.action_head is not None:
             error = (answer - actions).abs()
@@ -125,11 +130,11 @@ class Learner(nn.Module):
             }
         loss = action_loss + config.target_weight * target_loss + config.phase_weight * phase_loss
         losses = {"action": action_loss, "target": target_loss, "phase": phase_loss}
-        if found is not None:
+        if pointed is not None:
             places = batch.objects
             if model.config.images.mirror:
                 places = np.stack([places[..., 0], 1 - places[..., 1]], -1)
-            losses["object"] = object_loss(found.float(), places)
+            losses["object"] = object_loss(pointed.float(), places)
             loss = loss + config.object_weight * losses["object"]
         return {"loss": loss, **losses, **report}
 

@@ -1,50 +1,51 @@
-"""Where is what an instruction may name? An auxiliary head that asks the visual tokens by an object's words."""
+"""Where is what an instruction may name? An auxiliary loss on what words attend to, in the decoder's first layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from mllm.decoder import DecoderLayer
+from mllm.vla import VLA
+
+HEAD = 0  # of the first layer, the one that learns to point; our choice
+BEFORE = 4  # positions between the image and an object's name: proprioception, and "pick up the"; our choice
 
 
-class ObjectHead(nn.Module):
-    """One attention of an object's words over the visual tokens, which shall fall where the object is seen.
+def attention_of_words(model: VLA, visual: Tensor, words: Tensor) -> Tensor:
+    """How a word that names an object attends to the visual tokens, in one head of the decoder's first layer.
 
-    It ties words to sights for every object of every frame, where an episode's own instruction is about a single one: a
-    small model learns from it what things look like in far fewer scenes. For training only; our choice.
-
-    names: token ids of every object's words.
+    visual: (B, N, hidden) of `VLA.visual_tokens`.  words: (K,) int64, token ids, each taken as if an instruction had it
+    where it names its object. Returns scores before the softmax, (B, K, N).
     """
-
-    def __init__(self, hidden: int, names: Sequence[Sequence[int]]) -> None:
-        super().__init__()
-        self.names = [list(ids) for ids in names]
-        self.query = nn.Linear(hidden, hidden, bias=False)
-        self.key = nn.Linear(hidden, hidden, bias=False)
-
-    def forward(self, embed: Callable[[Tensor], Tensor], visual: Tensor) -> Tensor:
-        """embed: from token ids to vectors.  visual: (B, N, hidden). Returns scores, (B, names, N)."""
-        words = torch.stack([embed(torch.tensor(ids, device=visual.device)).mean(0) for ids in self.names])
-        asked = self.query(F.rms_norm(words, words.shape[-1:]))
-        keys = self.key(F.rms_norm(visual, visual.shape[-1:]))
-        return asked @ keys.mT / visual.shape[-1] ** 0.5  # type: ignore[no-any-return]
+    decoder = model.language_model.model
+    layer, count = cast(DecoderLayer, decoder.layers[0]), visual.shape[1]
+    named = model.embed(words).to(visual.dtype).expand(len(visual), -1, -1)
+    positions = torch.arange(1, count + len(words) + 1, device=visual.device)[None]
+    positions[:, count:] = count + BEFORE + 1
+    x = layer.input_layernorm(torch.cat((visual, named), 1))
+    query, key, _ = layer.self_attn.project(x, decoder.rotary(positions, x.dtype))
+    scores = query[:, HEAD, count:] @ key[:, HEAD, :count].mT
+    return scores / layer.self_attn.size**0.5
 
 
 def object_loss(scores: Tensor, objects: np.ndarray) -> Tensor:
     """The cross-entropy of the scores with where objects are, over those that are seen; 0 without any.
 
-    scores: (B, names, N), N tokens of every camera in turn, each a square row by row.
-    objects: (B, names, cameras, 2), see `mllm.demonstrations.Demonstration.objects`.
+    An episode's instruction is about one object, and this about every object of every frame: a small model learns from
+    it what things look like, and what their names are, in far fewer scenes. For training only; our choice.
+
+    scores: (B, K, N), N tokens of every camera in turn, each a square row by row.
+    objects: (B, K, cameras, 2), see `mllm.demonstrations.Demonstration.objects`.
     """
-    batch, names, cameras, _ = objects.shape
-    side = math.isqrt(scores.shape[-1] // cameras)
-    wanted = torch.from_numpy(weights_of_tokens(objects, side)).to(scores)
-    likely = scores.view(batch, names, cameras, side * side).log_softmax(-1)
-    return -(wanted * likely).sum() / wanted.sum().clamp(min=1)
+    side = math.isqrt(scores.shape[-1] // objects.shape[2])
+    wanted = torch.from_numpy(weights_of_tokens(objects, side)).to(scores).flatten(2)
+    loss = -(wanted * scores.log_softmax(-1)).sum()
+    return loss / wanted.sum().clamp(min=1)
 
 
 def weights_of_tokens(places: np.ndarray, side: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mllm.checkpoint import save_checkpoint
 from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig
-from mllm.training.data import Batch, Frames, find_demonstrations, held_out, load_demonstrations
+from mllm.training.data import Batch, Frames, find_demonstrations, held_out, load_demonstrations, names_by_word
 from mllm.training.learner import Learner
 from mllm.training.optimiser import make_optimisers, rate_share
 from mllm.training.progress import Progress
@@ -59,12 +59,12 @@ class Trainer:
         vla = model.config
         phases: list[str] = []
         kept = [demo for demo in demos if not held_out(demo, config.validation)]
-        objects = sorted({name for demo in demos for name in demo.objects})
-        self.frames = Frames(kept, vla.cameras, vla.proprio, phases, objects)
+        objects = names_by_word(demos)
+        self.frames = Frames(kept, vla.cameras, vla.proprio, phases, list(objects.values()))
         out = [demo for demo in demos if held_out(demo, config.validation)]
-        self.checked = Frames(out, vla.cameras, vla.proprio, phases, objects) if out else None
+        self.checked = Frames(out, vla.cameras, vla.proprio, phases, list(objects.values())) if out else None
         self.cumulated = np.cumsum(self.frames.weights(dict(config.phase_weights), dict(config.source_weights)))
-        words = [self.tokenizer.prompt(name) for name in objects]
+        words = [self.tokenizer.word(word) for word in objects]
         self.learner = Learner(model, config, len(phases), words).to(self.device)
         init_heads(self.learner, config.seed)
         if config.lora_rank:
@@ -232,10 +232,6 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 def init_heads(learner: Learner, seed: int) -> None:
     """The auxiliary heads start at small random values by the seed."""
     generator = torch.Generator().manual_seed(seed + 1)
-    asking = learner.object_head
-    attention = [asking.query, asking.key] if asking else []
-    for head in (learner.target_head, learner.phase_head, *attention):
-        spread = head.weight.shape[1] ** -0.5 if head in attention else 0.02
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * spread)
-        if head.bias is not None:
-            head.bias.zero_()
+    for head in (learner.target_head, learner.phase_head):
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
+        head.bias.zero_()
