@@ -50,8 +50,11 @@ def openvla_prompt(instruction: str) -> str:
     return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
 
 
+UNKNOWN = 2  # of `WordTokenizer`, any word that is not listed; no word of Llama's
+
+
 class WordTokenizer:
-    """One id a word: 0 is padding, 1 BOS, 2 any word that is not listed, then `words` in their order."""
+    """One id a word: 0 is padding, 1 BOS, `UNKNOWN`, then `words` in their order."""
 
     FILE = "words.json"
 
@@ -67,10 +70,10 @@ class WordTokenizer:
 
     def prompt(self, instruction: str) -> list[int]:
         words = re.findall(r"[a-z0-9]+", check_instruction(instruction).lower())
-        return [1, *(self._ids.get(word, 2) for word in words)]
+        return [1, *(self._ids.get(word, UNKNOWN) for word in words)]
 
     def word(self, text: str) -> int:
-        return self._ids.get(text.lower(), 2)
+        return self._ids.get(text.lower(), UNKNOWN)
 
     def save(self, folder: Path) -> None:
         (folder / self.FILE).write_text(json.dumps(list(self.words)), encoding="utf-8")

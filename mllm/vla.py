@@ -157,7 +157,14 @@ class VLA(nn.Module):
         )
         return answer[:, :count]
 
-    def teacher_forced(self, hidden: Tensor, positions: Tensor, valid: Tensor | None, tokens: Tensor) -> Tensor:
+    def teacher_forced(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        valid: Tensor | None,
+        tokens: Tensor,
+        hook: TokenHook | None = None,
+    ) -> Tensor:
         """The prompt with all tokens of an answer but the last behind it, as training wants it.
 
         tokens: (B, action tokens) ids. Returns the hidden states that foretell them, (B, action tokens, hidden).
@@ -167,7 +174,7 @@ class VLA(nn.Module):
         if valid is not None:
             valid = torch.cat((valid, valid.new_ones(batch, count - 1)), 1)
         hidden = torch.cat((hidden, self.embed(tokens[:, :-1]).to(hidden.dtype)), 1)
-        return self.language_model.model(hidden, positions, valid=valid, last=count)
+        return self.language_model.model(hidden, positions, valid=valid, hook=hook, last=count)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "gripper_weight": (0, 100),
     "target_weight": (0, 100),
     "phase_weight": (0, 100),
-    "object_weight": (0, 100),
+    "pointing_weight": (0, 100),
     "shift": (0, 64),
     "jitter": (0, 1),
     "proprio_noise": (0, 1),
@@ -56,8 +56,8 @@ class TrainConfig:
     ema: decay of the averaged weights, which are what a checkpoint ships.
     smoothing: bins, the spread of a label over its neighbours; of action tokens only.
     gripper_weight: of the gripper's number in the loss, where each of the others counts 1.
-    target_weight, phase_weight, object_weight: of the auxiliary losses, which read privileged state and are no part of
-        the model: where to grasp and to put, what the expert is doing, what words attend to (`mllm.training.objects`).
+    target_weight, phase_weight, pointing_weight: of the auxiliary losses, which read privileged state: where to grasp
+        and to put, what the expert is doing, and what words attend to (`mllm.training.pointing`).
     phase_weights: phase -> how much more often its frames are drawn.
     source_weights: a demonstration's source ("expert", "dagger") -> how much more often its frames are drawn.
     shift: pixels by which images are moved at random.  jitter: largest change of brightness and contrast.
@@ -89,7 +89,7 @@ class TrainConfig:
     gripper_weight: float = 1.0
     target_weight: float = 1.0
     phase_weight: float = 0.1
-    object_weight: float = 0.5
+    pointing_weight: float = 0.5
     phase_weights: Mapping[str, float] = field(default_factory=dict)
     source_weights: Mapping[str, float] = field(default_factory=dict)
     shift: int = 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm.demonstrations import CAMERAS, Demonstration, decode_image, read_demonstration
 from mllm.errors import PolicyError
-from mllm.tokenizer import Tokenizer
+from mllm.tokenizer import UNKNOWN, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,14 @@ def load_demonstrations(paths: Sequence[Path]) -> tuple[list[Demonstration], str
     return demos, digest.hexdigest()
 
 
-def names_by_word(demos: Sequence[Demonstration]) -> dict[str, str]:
-    """First word -> name, of the objects that the demonstrations show where no other begins with the same word."""
+def names_by_word(demos: Sequence[Demonstration], tokenizer: Tokenizer) -> dict[int, str]:
+    """Id of the first word -> name, of the objects that the demonstrations show, where the tokenizer knows the word and
+    no other object begins with it.
+    """
     names = sorted({name for demo in demos for name in demo.objects})
-    counted = Counter(name.split()[0] for name in names)
-    return {name.split()[0]: name for name in names if counted[name.split()[0]] == 1}
+    words = {name: tokenizer.word(name.split()[0]) for name in names}
+    counted = Counter(words.values())
+    return {words[name]: name for name in names if words[name] != UNKNOWN and counted[words[name]] == 1}
 
 
 def held_out(demo: Demonstration, share: float) -> bool:

@@ -13,7 +13,7 @@ from mllm.actions import ActionTokens, gripper_from_command
 from mllm.diffusion.head import DiffusionHead
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch
-from mllm.training.objects import attention_of_words, object_loss
+from mllm.training.pointing import Watch, attention_of_words, naming_loss, places_of_words, pointing_loss
 from mllm.vla import VLA
 
 TARGET_SCALE = 0.1  # m, that count as 1 in the auxiliary loss; our choice
@@ -45,10 +45,20 @@ class Learner(nn.Module):
         self.register_buffer("mean", torch.tensor([v for mean, _ in planes for v in mean]), persistent=False)
         self.register_buffer("std", torch.tensor([v for _, std in planes for v in std]), persistent=False)
 
-    @property
-    def pointing(self) -> bool:
-        """Whether words learn to attend to what they name."""
-        return bool(len(self.objects) and self.config.object_weight)  # type: ignore[arg-type]
+    def pointing(self, visual: Tensor, watch: Watch, batch: Batch, prompt: int) -> Tensor | None:
+        """See `mllm.training.pointing`; None where nothing says where objects are."""
+        words: Tensor = self.objects  # type: ignore[assignment]
+        if not len(words) or not self.config.pointing_weight:
+            return None
+        places = batch.objects
+        if self.model.config.images.mirror:
+            places = np.stack([places[..., 0], 1 - places[..., 1]], -1)
+        scores = attention_of_words(self.model, visual, words, places.shape[2])
+        loss = pointing_loss(scores.float(), places)
+        if watch.second is not None:
+            named = places_of_words(batch.texts, words.tolist(), prompt).to(visual.device)
+            loss = loss + naming_loss(watch.second, prompt, named)
+        return loss
 
     def pixels(self, images: np.ndarray, generator: np.random.Generator | None) -> Tensor:
         """images: (B, cameras, S, S, 3) uint8. Returns (B, cameras, 3 * towers, S, S) float32, normalised, and moved
@@ -88,8 +98,9 @@ class Learner(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype is torch.bfloat16):
             visual = model.visual_tokens(self.pixels(batch.images, generator))
             prompt = model.prompt(visual, batch.texts, self.proprio(batch, generator))
+            watch = Watch()
             if model.action_head is not None:
-                hidden = model.one_pass(*prompt)
+                hidden = model.one_pass(*prompt, hook=watch)
                 if isinstance(model.action_head, DiffusionHead):
                     drawn = np.random.default_rng(0) if generator is None else generator
                     descended = model.action_head.loss(hidden, actions, drawn)
@@ -101,12 +112,12 @@ class Learner(nn.Module):
             else:
                 ids = torch.from_numpy(self.tokens.encode(actions.cpu().numpy())).to(device)
                 if model.config.decoding == "causal":
-                    hidden = model.teacher_forced(*prompt, ids.flatten(1))
+                    hidden = model.teacher_forced(*prompt, ids.flatten(1), hook=watch)
                 else:
-                    hidden = model.one_pass(*prompt)
+                    hidden = model.one_pass(*prompt, hook=watch)
                 answer = model.language_model.logits(hidden, model.config.action_ids)
             targets, phases = self.target_head(hidden[:, 0]), self.phase_head(hidden[:, 0])
-            pointed = attention_of_words(model, visual, self.objects) if self.pointing else None  # type: ignore[arg-type]
+            pointed = self.pointing(visual, watch, batch, prompt[0].shape[1])
         answer = answer.float()
         if model.action_head is not None:
             error = (answer - actions).abs()
@@ -131,11 +142,8 @@ class Learner(nn.Module):
         loss = action_loss + config.target_weight * target_loss + config.phase_weight * phase_loss
         losses = {"action": action_loss, "target": target_loss, "phase": phase_loss}
         if pointed is not None:
-            places = batch.objects
-            if model.config.images.mirror:
-                places = np.stack([places[..., 0], 1 - places[..., 1]], -1)
-            losses["object"] = object_loss(pointed.float(), places)
-            loss = loss + config.object_weight * losses["object"]
+            losses["pointing"] = pointed
+            loss = loss + config.pointing_weight * pointed
         return {"loss": loss, **losses, **report}
 
     def normalised(self, actions: np.ndarray) -> np.ndarray:

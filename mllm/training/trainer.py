@@ -59,13 +59,12 @@ class Trainer:
         vla = model.config
         phases: list[str] = []
         kept = [demo for demo in demos if not held_out(demo, config.validation)]
-        objects = names_by_word(demos)
+        objects = names_by_word(demos, self.tokenizer)
         self.frames = Frames(kept, vla.cameras, vla.proprio, phases, list(objects.values()))
         out = [demo for demo in demos if held_out(demo, config.validation)]
         self.checked = Frames(out, vla.cameras, vla.proprio, phases, list(objects.values())) if out else None
         self.cumulated = np.cumsum(self.frames.weights(dict(config.phase_weights), dict(config.source_weights)))
-        words = [self.tokenizer.word(word) for word in objects]
-        self.learner = Learner(model, config, len(phases), words).to(self.device)
+        self.learner = Learner(model, config, len(phases), list(objects)).to(self.device)
         init_heads(self.learner, config.seed)
         if config.lora_rank:
             from mllm.training.lora import add_adapters
