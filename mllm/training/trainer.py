@@ -121,7 +121,7 @@ class Trainer:
     def run(self, until: int | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains up to step `until` (default: the configured one). Returns whether it got there; the state is saved.
 
-        stop: asked after every step.
+        stop: asked after every step; where one of several processes is to stop, all do.
         """
         config = self.config
         until = config.steps if until is None else min(until, config.steps)
@@ -138,7 +138,7 @@ class Trainer:
                         f"the loss is {losses['loss'].item()} in step {self.step}: lower muon_rate and adamw_rate; the "
                         f"last state of run '{config.name}' is kept"
                     )
-                stopping = stop()
+                stopping = any_of(stop(), self.ranks, self.device)
                 if self.progress is not None:
                     self.progress.add(self.step, losses, rate_share(self.step, config))
                     if time.monotonic() - saved > config.checkpoint_seconds or self.step == until or stopping:
@@ -215,6 +215,15 @@ def parallel(learner: nn.Module, ranks: int, device: torch.device) -> Iterator[n
         yield nn.parallel.DistributedDataParallel(learner, device_ids=ids, find_unused_parameters=True)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def any_of(mine: bool, ranks: int, device: torch.device) -> bool:
+    """Whether it is so in one of the processes or more; those that go on would wait for one that has stopped."""
+    if ranks == 1:
+        return mine
+    answer = torch.tensor(float(mine), device=device)
+    torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+    return bool(answer)
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:

@@ -192,6 +192,26 @@ def test_frozen_modules_stay_as_they_were_and_the_rest_learns(settings, tmp_path
         trained(settings, tmp_path / "wrong", frozen="eyes")
 
 
+def test_processes_stop_together_when_one_is_told_to(tmp_path):
+    code = """
+import sys, torch
+from mllm.training.trainer import any_of
+rank, place = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+cpu = torch.device("cpu")
+assert not any_of(False, 2, cpu)
+assert any_of(rank == 1, 2, cpu)
+"""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen([*command, rank, str(tmp_path / "group")], env=environment) for rank in ("0", "1")]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_two_processes_learn_what_one_does(settings, tmp_path):
     settings |= {"steps": 3, "shift": 0, "jitter": 0.0, "proprio_noise": 0.0}
     # With one action an answer every sample counts alike, so that the mean of two halves is the mean of the whole.
