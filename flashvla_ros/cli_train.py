@@ -116,11 +116,17 @@ class Card:
     """Such a run with --policy blind."""
     misled: Path | None = None
     """Such a run with --policy misled."""
+    shuffled: Path | None = None
+    """Such a run with --draw shuffled."""
 
     def run(self) -> int:
         from sim.card import write_card
 
-        taken = {"sight (grey images)": self.blind, "the instruction (another task's)": self.misled}
+        taken = {
+            "nothing, but any object is asked for (shuffled starts)": self.shuffled,
+            "sight (grey images)": self.blind,
+            "the instruction (about something else in the scene)": self.misled,
+        }
         ablations = {name: path for name, path in taken.items() if path is not None}
         sys.stdout.write(f"{write_card(self.checkpoint, self.results, ablations)}\n")
         return 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mllm.checkpoint import load_checkpoint, save_checkpoint, write_json
-from mllm.demonstrations import read_demonstration
+from mllm.demonstrations import Demonstration, read_demonstration
 from mllm.errors import PolicyError
 from mllm.training.data import find_demonstrations
 from mllm.training.state import read_facts
@@ -45,9 +45,9 @@ def history(run: Path) -> list[dict[str, Any]]:
     if config["init"]:
         start = Path(config["init"])
         before = history(start.parent) if read_facts(start.parent) else read_history(start)
-    counted = Counter(
-        (demo.suite, demo.source) for demo in map(read_demonstration, find_demonstrations(config["data"]))
-    )
+    # A folder that is named twice weighs twice and holds what it holds.
+    paths = find_demonstrations(list(dict.fromkeys(config["data"])))
+    counted = Counter((demo.suite, _source(demo)) for demo in map(read_demonstration, paths))
     learned = [
         {"suite": suite, "source": source, "episodes": count} for (suite, source), count in sorted(counted.items())
     ]
@@ -56,6 +56,11 @@ def history(run: Path) -> list[dict[str, Any]]:
     started = before[-1]["name"] if before else Path(config["init"]).parent.name
     named = {"name": config["name"], "init": started, "step": facts["step"], "demonstrations": learned}
     return [*before, {**named, **told}]
+
+
+def _source(demo: Demonstration) -> str:
+    """The expert's failures are not kept: what ended without success was cut."""
+    return "beginnings" if demo.source == "expert" and not demo.success else demo.source
 
 
 def read_history(checkpoint: Path) -> list[dict[str, Any]]:
