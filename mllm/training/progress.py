@@ -91,6 +91,8 @@ def draw_curves(folder: Path) -> None:
     rows_of_plots = -(-len(names) // 3)
     figure = Figure(figsize=(11, 3 * rows_of_plots), layout="constrained")
     plots = figure.subplots(rows_of_plots, 3, squeeze=False).flat
+    for empty in plots[len(names) :]:
+        empty.set_axis_off()
     for axes, name in zip(plots, names, strict=False):
         for kind in ("train", "held_out"):
             points = [(row["step"], row[f"{kind}/{name}"]) for row in rows if f"{kind}/{name}" in row]
