@@ -68,22 +68,6 @@ def test_executing_what_was_done_repeats_every_state_and_image(env, noisy):
         np.testing.assert_array_equal(again.images[camera], images)
 
 
-def test_objects_are_where_the_images_show_them(env):
-    before, _ = env.reset(seed=SEED, options={"init_state": "sampled"})
-    privileged = env.privileged()
-    words = object_words(privileged)
-    assert {"plate", "cookies", "glazed rim porcelain ramekin"} == set(words)  # there are two bowls
-    number = privileged.model.camera("agentview").id
-    places = {name: places_in_images(privileged, [number], body)[0] for name, body in words.items()}
-    joint = privileged.model.body_jntadr[words["plate"]]
-    privileged.data.qpos[privileged.model.jnt_qposadr[joint] + 2] -= 5
-    after, *_ = env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
-    changed = np.abs(after["images"]["agentview"].astype(int) - before["images"]["agentview"]).sum(-1)
-    row, column = np.argwhere(changed > 60).mean(0) / len(changed)
-    np.testing.assert_allclose(places["plate"], [row, column], atol=0.06)
-    assert min(np.linalg.norm(places["plate"] - place) for name, place in places.items() if name != "plate") > 0.1
-
-
 def test_targets_are_where_the_hand_goes_first_and_where_the_bowl_ends_up(env, noisy):
     hand = noisy.proprio["eef_pos"]
     grasps, goals = hand + noisy.targets[:, :3], hand + noisy.targets[:, 3:]
@@ -197,3 +181,19 @@ def test_a_mix_that_cannot_be_is_refused(beta, stretch):
 
 def test_no_tasks_means_all():
     assert CollectConfig(suite="libero_goal").tasks == tuple(range(len(suite_tasks("libero_goal"))))
+
+
+def test_objects_are_where_the_images_show_them(env):
+    before, _ = env.reset(seed=SEED, options={"init_state": "sampled"})
+    privileged = env.privileged()
+    words = object_words(privileged)
+    assert {"plate", "cookies", "glazed rim porcelain ramekin"} == set(words)  # there are two bowls
+    number = privileged.model.camera("agentview").id
+    places = {name: places_in_images(privileged, [number], body)[0] for name, body in words.items()}
+    joint = privileged.model.body_jntadr[words["plate"]]
+    privileged.data.qpos[privileged.model.jnt_qposadr[joint] + 2] -= 5
+    after, *_ = env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    changed = np.abs(after["images"]["agentview"].astype(int) - before["images"]["agentview"]).sum(-1)
+    row, column = np.argwhere(changed > 60).mean(0) / len(changed)
+    np.testing.assert_allclose(places["plate"], [row, column], atol=0.06)
+    assert min(np.linalg.norm(places["plate"] - place) for name, place in places.items() if name != "plate") > 0.1
