@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,7 @@ def run_of(path, outcomes):
 
 
 def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
+    tiny = shutil.copytree(tiny, tmp_path / "checkpoint")
     write_json(
         tiny / "training.json",
         {
