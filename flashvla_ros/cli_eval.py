@@ -121,6 +121,7 @@ class SwapObjects:
     """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     suite: Literal["libero_spatial", "libero_object"] = "libero_object"
+    """What goes up by 5 cm counts as lifted; a bowl of libero_spatial that is only carried down to a plate does not."""
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
     states: str = "0-2"

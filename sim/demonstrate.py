@@ -77,7 +77,7 @@ def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "samp
 
 
 def object_words(privileged: Privileged) -> dict[str, int]:
-    """ "alphabet soup" -> number of the body called alphabet_soup_1, of everything movable that there is one of."""
+    """Name in words -> body, of everything movable that there is one of: alphabet_soup_1 is "alphabet soup"."""
     movable = {name: body for name, body in privileged.body_ids.items() if privileged.model.body_dofnum[body] == 6}
     words = {name: name.rpartition("_")[0].replace("_", " ") for name in movable}
     counted = Counter(words.values())

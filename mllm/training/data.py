@@ -78,9 +78,11 @@ class Frames:
         self.instructions = [demo.instruction for demo in demonstrations]
         self.objects = np.full((len(self.images), len(objects), len(cameras), 2), np.nan, np.float32)
         for end, demo in zip(np.cumsum(lengths), demonstrations, strict=True):
-            for name in set(objects) & set(demo.objects):
-                views = [[name for name in CAMERAS if name in demo.images].index(camera) for camera in cameras]
-                self.objects[end - len(demo.actions) : end, objects.index(name)] = demo.objects[name][:, views]
+            order = [camera for camera in CAMERAS if camera in demo.images]
+            views = [order.index(camera) for camera in cameras]
+            for place, name in enumerate(objects):
+                if name in demo.objects:
+                    self.objects[end - len(demo.actions) : end, place] = demo.objects[name][:, views]
         self.sources = np.array([demo.source for demo in demonstrations])
 
     def __len__(self) -> int:
