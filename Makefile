@@ -12,8 +12,12 @@ setup:
 demo: setup
 	@$(RUN)/flashvla demo
 
+# Two files at a time; then those of ROS, which know deadlines, alone.
 test: setup
-	@$(RUN)/python -m pytest
+	@failed=0; \
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --ignore test/flashvla_ros || failed=1; \
+	$(RUN)/python -m pytest test/flashvla_ros || failed=1; \
+	exit $$failed
 
 lint: setup
 	@$(RUN)/ruff check .

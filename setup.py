@@ -68,6 +68,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis>=6",
             "ml_dtypes>=0.5",
             "ruff",

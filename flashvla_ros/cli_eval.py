@@ -121,7 +121,6 @@ class SwapObjects:
     """Name of an installed policy, or a folder of weights."""
     how: PolicyOptions = field(default_factory=PolicyOptions)
     suite: Literal["libero_spatial", "libero_object"] = "libero_object"
-    """What goes up by 5 cm counts as lifted; a bowl of libero_spatial that is only carried down to a plate does not."""
     tasks: str = "all"
     """all, or indices such as 0-3,7."""
     states: str = "0-2"
@@ -144,7 +143,7 @@ class SwapObjects:
         for episode in play_swaps(policy, self.suite, tasks, states):
             episodes.append(episode)
             said = f"task {episode.task} state {episode.init_state}: told {episode.told}, usually {episode.usual}"
-            sys.stderr.write(f"{said}; lifted {', '.join(episode.carried) or 'nothing'}\n")
+            sys.stderr.write(f"{said}; moved {', '.join(episode.moved) or 'nothing'}\n")
         went = Counter(episode.went for episode in episodes)
         if self.json:
             found = {"went": went, "episodes": [asdict(episode) for episode in episodes]}

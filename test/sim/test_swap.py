@@ -7,7 +7,7 @@ import pytest
 from mllm.policy import ActionSpec, ActionStep, HoldPolicy
 from sim.env import EnvConfig, LiberoEnv
 from sim.expert import PickPlaceExpert
-from sim.swap import Swap, lifted
+from sim.swap import Swap, what_moved
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ class Sent:
 
 
 @pytest.mark.parametrize("item", ["butter_1", "chocolate_pudding_1"])
-def test_the_object_that_is_lifted_is_the_one_it_went_to(env, item):
-    assert lifted(env, Sent(env, item), "", 0) == (item,)
+def test_the_object_that_is_moved_is_the_one_it_went_to(env, item):
+    assert what_moved(env, Sent(env, item), "", 0) == (item,)
 
 
-def test_a_policy_that_holds_still_lifts_nothing(env):
+def test_a_policy_that_holds_still_moves_nothing(env):
     env.step_limit = 5
     try:
-        assert lifted(env, HoldPolicy(), "", 0) == ()
+        assert what_moved(env, HoldPolicy(), "", 0) == ()
     finally:
         env.step_limit = 280
 
