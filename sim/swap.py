@@ -55,7 +55,7 @@ def play_swaps(policy: Policy, suite: str, tasks: Sequence[int], states: Sequenc
 
 
 def what_moved(env: LiberoEnv, policy: Policy, instruction: str, state: int) -> tuple[str, ...]:
-    """Plays until an object is `MOVED` from where it lay, and returns which; several only where they are in one step."""
+    """Plays until an object is `MOVED` from where it lay, and returns which: several only in one step."""
     observation, _ = env.reset(options={"init_state": state})
     world = env.privileged()
     movable = {name: body for name, body in world.body_ids.items() if world.model.body_dofnum[body] == 6}
