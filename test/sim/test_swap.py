@@ -37,6 +37,18 @@ def test_the_object_that_is_moved_is_the_one_it_went_to(env, item):
     assert what_moved(env, Sent(env, item), "", 0) == (item,)
 
 
+def test_what_slides_without_going_up_counts_too(env):
+    world = env.privileged()
+    place = world.model.jnt_qposadr[world.model.body_jntadr[world.body_ids["butter_1"]]]
+
+    class Slides(HoldPolicy):
+        def act(self, observation) -> ActionStep:
+            env.privileged().data.qpos[place] += 0.02  # m along x
+            return super().act(observation)
+
+    assert what_moved(env, Slides(), "", 0) == ("butter_1",)
+
+
 def test_a_policy_that_holds_still_moves_nothing(env):
     env.step_limit = 5
     try:
