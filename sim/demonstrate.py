@@ -78,7 +78,7 @@ def demonstrate(env: LiberoEnv, executor: Executor, seed: int, draw: str = "samp
 
 def object_words(privileged: Privileged) -> dict[str, int]:
     """Name in words -> body, of everything movable that there is one of: alphabet_soup_1 is "alphabet soup"."""
-    movable = {name: body for name, body in privileged.body_ids.items() if privileged.model.body_dofnum[body] == 6}
+    movable = privileged.movable
     words = {name: name.rpartition("_")[0].replace("_", " ") for name in movable}
     counted = Counter(words.values())
     return {words[name]: body for name, body in movable.items() if counted[words[name]] == 1}

@@ -248,10 +248,10 @@ class LiberoEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         Raises ConfigurationError: the scene has no movable object of that name.
         """
         world = self._world.privileged()
-        movable = [known for known, body in world.body_ids.items() if world.model.body_dofnum[body] == 6]
+        movable = world.movable
         if name not in movable:
             raise ConfigurationError(f"no movable object is called {name!r}; choose one of: {', '.join(movable)}")
-        address = world.model.jnt_qposadr[world.model.body_jntadr[world.body_ids[name]]]
+        address = world.model.jnt_qposadr[world.model.body_jntadr[movable[name]]]
         world.data.qpos[address : address + 3] += shift
         world.domain.sim.forward()
         self._looking = True

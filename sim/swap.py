@@ -58,7 +58,7 @@ def what_moved(env: LiberoEnv, policy: Policy, instruction: str, state: int) -> 
     """Plays until an object is `MOVED` from where it lay, and returns which: several only in one step."""
     observation, _ = env.reset(options={"init_state": state})
     world = env.privileged()
-    movable = {name: body for name, body in world.body_ids.items() if world.model.body_dofnum[body] == 6}
+    movable = world.movable
     lay = {name: world.data.xpos[body].copy() for name, body in movable.items()}
     policy.reset(instruction)
     ended = False

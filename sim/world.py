@@ -96,6 +96,11 @@ class Privileged:
     goal: tuple[tuple[str, ...], ...]
     holds: Callable[[tuple[str, ...]], bool]
 
+    @property
+    def movable(self) -> dict[str, int]:
+        """Those of `body_ids` that are not fixed to the scene."""
+        return {name: body for name, body in self.body_ids.items() if self.model.body_dofnum[body] == 6}
+
 
 class World:
     """One task's scene with the Panda in it.
