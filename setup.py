@@ -84,6 +84,7 @@ setup(
             "blind = sim.ablation:Blind",
             "hold = mllm.policy:HoldPolicy",
             "mini = mllm.vla_policy:mini_policy",
+            "mini-ar = mllm.vla_policy:mini_ar_policy",
             "misled = sim.ablation:Misled",
             "replay = mllm.replay:ReplayPolicy",
         ],

@@ -228,7 +228,7 @@ class BenchCompress:
     """Measure what choosing visual tokens costs and saves: every method beside the uncompressed model, in one run."""
 
     model: str = "mini"
-    """mini (its own weights), bench-100m or openvla-7b (random weights)."""
+    """mini or mini-ar (their own weights), bench-100m or openvla-7b (random weights)."""
     methods: tuple[str, ...] = ("flashvla", "tokencarve", "fastv", "random")
     """Of flashvla, tokencarve, fastv, random and uniform."""
     keep: int = 80

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -316,3 +317,7 @@ def mini_policy(
         execute=execute,
         compile=compile,
     )
+
+
+# The `mini-ar` of that group: one action of seven tokens, one after the other, as OpenVLA's.
+mini_ar_policy = partial(mini_policy, checkpoint=str(WEIGHTS / "mini-ar"))

@@ -39,7 +39,7 @@ def test_every_arm_is_measured_on_the_same_observations_beside_the_uncompressed_
 def test_frames_of_demonstrations_are_looked_at_where_they_are_given(make_demonstration, tmp_path):
     for seed in range(2):
         write_demonstration(tmp_path / f"seed_{seed:08}.hdf5", make_demonstration(4, seed, size=128))
-    config = BenchCompressConfig(methods=("uniform",), steps=1, demonstrations=str(tmp_path))
+    config = BenchCompressConfig("mini-ar", methods=("uniform",), steps=1, demonstrations=str(tmp_path))
     assert measure_compression(config)["exact"]["observations"] == 1
     with pytest.raises(PolicyError, match="there are no demonstrations under"):
         measure_compression(replace(config, demonstrations=str(tmp_path / "none")))

@@ -1,4 +1,4 @@
-"""The shipped policy on images of LIBERO, with and without compression.
+"""The shipped policies on images of LIBERO, with and without compression.
 
 observations.webp: two rows of ten observations, one of each task; a row is their agentviews above their wrist views.
 """
@@ -55,8 +55,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def causal():
-    """The mini's size, token by token."""
-    return VLAPolicy(init_random(VLA(named_config("mini")), 0), WordTokenizer())
+    return make_policy("mini-ar")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,9 @@ def layer_2(policy, observations):
     return torch.cat(states)
 
 
-def test_on_the_shipped_model_the_kept_sets_are_those_of_the_full_decomposition(shipped, observations):
+@pytest.mark.parametrize("name", ["shipped", "causal"])
+def test_of_the_shipped_models_the_kept_sets_are_those_of_the_full_decomposition(name, observations, request):
+    shipped = request.getfixturevalue(name)
     tokens = layer_2(shipped, observations)
     left, sizes, _ = torch.linalg.svd(tokens.double(), full_matrices=True)
     reference = (left * sizes[:, None]).abs().sum(-1)

@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mllm.actions import ActionStatistics  # noqa: E402
+from mllm.actions import ActionStatistics, ActionTokens  # noqa: E402
 from mllm.config import named_config  # noqa: E402
 from mllm.decoder import Kept  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
@@ -49,6 +49,16 @@ def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
     flops["visual_flops"] = visual_flops(policy.config.decoder, 128)
     weights = sum(4 * parameter.numel() for parameter in policy.model.parameters())
     assert step.flags == {"prompt_tokens": 1 + 128 + 17, "weight_bytes": weights, **flops}
+
+
+def test_mini_ar_looks_before_every_action_and_speaks_in_seven_tokens():
+    policy = make_policy("mini-ar")
+    assert (policy.config.decoding, policy.config.head, policy.execute) == ("causal", "tokens", 1)
+    policy.reset(TASK)
+    steps = [policy.act(noise(seed)) for seed in range(2)]
+    assert all(step.timing["vision"] > 0 and step.looks for step in steps)
+    centres = ActionTokens(256, 1000).centres
+    assert max(np.abs(step.action[:, None] - centres).min(1).max() for step in steps) < 1e-6
 
 
 def test_what_a_look_costs_follows_the_compression_that_holds(policy):
