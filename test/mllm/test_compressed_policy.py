@@ -220,11 +220,11 @@ def test_the_ragged_cache_keeps_what_the_trimmed_one_cuts(causal, observations):
     used = {}
     for trim in (True, False):
         causal.compress = CompressConfig("flashvla", keep=80, trim=trim)
-        answers(causal, observations[:1])
+        _, (step,) = answers(causal, observations[:1])
         assert isinstance(causal.decoder._loop, TokenLoop)
         used[trim] = causal.decoder._loop.cache.used
     causal.compress = CompressConfig()
-    prompt = 1 + 128 + len(causal.tokenizer.prompt(INSTRUCTIONS[0])) - 1
+    prompt = step.flags["prompt_tokens"]
     assert used[True] == [prompt - 48] * 6
     assert used[False] == [prompt] * 2 + [prompt - 48] * 4
 

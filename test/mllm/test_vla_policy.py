@@ -17,7 +17,7 @@ from mllm.config import named_config  # noqa: E402
 from mllm.decoder import Kept  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.flops import step_flops, visual_flops  # noqa: E402
-from mllm.policy import Observation, Policy, check_action, make_policy  # noqa: E402
+from mllm.policy import PROPRIO_SIZES, Observation, Policy, check_action, make_policy  # noqa: E402
 from mllm.tokenizer import BEFORE_ACTION, LIBERO_WORDS, LlamaTokenizer, WordTokenizer, openvla_prompt  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
 from mllm.vla_policy import VLAPolicy, make_example, mini_policy  # noqa: E402
@@ -55,7 +55,8 @@ def test_mini_ar_looks_before_every_action_and_speaks_in_seven_tokens():
     policy = make_policy("mini-ar")
     assert (policy.config.decoding, policy.config.head, policy.execute) == ("causal", "tokens", 1)
     policy.reset(TASK)
-    steps = [policy.act(noise(seed)) for seed in range(2)]
+    still = {name: np.zeros(size) for name, size in PROPRIO_SIZES.items()}
+    steps = [policy.act(replace(noise(seed), proprio=still)) for seed in range(2)]
     assert all(step.timing["vision"] > 0 and step.looks for step in steps)
     centres = ActionTokens(256, 1000).centres
     assert max(np.abs(step.action[:, None] - centres).min(1).max() for step in steps) < 1e-6
