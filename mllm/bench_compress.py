@@ -51,7 +51,7 @@ class BenchCompressConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        check_choice(self, {"model": (*NAMED, "mini-ar"), "device": ("cpu", "cuda")})
+        check_choice(self, {"model": (*NAMED, *SHIPPED[1:]), "device": ("cpu", "cuda")})
         wrong = [method for method in self.methods if method not in METHODS[1:]]
         if wrong or not self.methods:
             raise PolicyError(
