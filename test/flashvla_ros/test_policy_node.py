@@ -313,8 +313,8 @@ def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, thi
     [
         (
             {"policy": "nope"},
-            "no policy is called 'nope', and there is no folder nope; installed: blind, hold, mean, mini, misled, "
-            "other_frame, replay, wrong",
+            "no policy is called 'nope', and there is no folder nope; installed: blind, hold, mean, mini, mini-ar, "
+            "misled, other_frame, replay, wrong",
         ),
         ({"policy": "mean", "policy_options": '{"colour": 1}'}, "colour"),
         ({"policy": "mean", "policy_options": "{"}, "policy_options"),

@@ -201,6 +201,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank
 cpu = torch.device("cpu")
 assert not any_of(False, 2, cpu)
 assert any_of(rank == 1, 2, cpu)
+torch.distributed.destroy_process_group()
 """
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
