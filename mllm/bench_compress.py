@@ -18,13 +18,12 @@ from mllm.contribution import information_contribution
 from mllm.decoder import LayerState
 from mllm.errors import PolicyError
 from mllm.flops import eigen_flops, step_flops, visual_flops
-from mllm.hf_config import WEIGHTS
 from mllm.policy import Observation
 from mllm.selection import top
 from mllm.sweep import draw_clips
-from mllm.vla_policy import VLAPolicy, mini_policy, random_policy
+from mllm.vla_policy import VLAPolicy, mini_ar_policy, mini_policy, random_policy
 
-SHIPPED = ("mini", "mini-ar")
+SHIPPED: dict[str, Callable[..., VLAPolicy]] = {"mini": mini_policy, "mini-ar": mini_ar_policy}
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 # OpenVLA's visual tokens after a layer; the size at which the score is compared with the authors' call.
 PUBLISHED = (256, 4096)
@@ -51,7 +50,7 @@ class BenchCompressConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        check_choice(self, {"model": (*NAMED, *SHIPPED[1:]), "device": ("cpu", "cuda")})
+        check_choice(self, {"model": tuple({**SHIPPED, **NAMED}), "device": ("cpu", "cuda")})
         wrong = [method for method in self.methods if method not in METHODS[1:]]
         if wrong or not self.methods:
             raise PolicyError(
@@ -74,8 +73,8 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
     """
     config = config or BenchCompressConfig()
     torch.set_num_threads(config.threads)
-    shipped = config.model in SHIPPED
-    policy = mini_policy(str(WEIGHTS / config.model), threads=None) if shipped else random_policy(config.model, 0, None)
+    shipped = SHIPPED.get(config.model)
+    policy = shipped(threads=None) if shipped else random_policy(config.model, 0, None)
     policy.model.to(config.device)
     policy = VLAPolicy(policy.model, policy.tokenizer)
     tokens = policy.model.vision_backbone.tokens
