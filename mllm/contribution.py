@@ -33,8 +33,8 @@ def gram(tokens: Tensor, centre: bool = False, normalise: bool = False) -> Tenso
 
     In float64, because eigenvalues are squares of singular values and a float32 product drowns the small ones: on the
     mini it moves a token in one kept set of seven, and float64 none. Of tokens of `WIDE` numbers or more the mean is
-    taken off first and put back in float64, and what is left multiplied, by itself and by the mean, in float32: that moves
-    none either, of 256 x 4096 with a mean up to ten times as large as the rest.
+    taken off first and put back in float64, and what is left multiplied, by itself and by the mean, in float32: that
+    moves none either, of 256 x 4096 with a mean up to ten times as large as the rest.
     """
     count, size = tokens.shape[-2:]
     if size < WIDE or tokens.dtype == torch.float64:
