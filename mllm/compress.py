@@ -114,13 +114,15 @@ def select(
         return Selection(draw(count, config.keep, config.seed, tokens.device).expand(batch, -1))
     if config.method == "fastv" and attention is not None:
         return Selection(top(attention, config.keep))
-    products = gram(tokens if scored is None else scored, config.centre, config.normalise)
+    # An order has no gradient: where there is one, it is that of the tokens that stay.
+    rest = tokens.detach()
+    products = gram(rest if scored is None else scored.detach(), config.centre, config.normalise)
     scores = contribution(products, config.energy)
     if config.method == "flashvla" or attention is None:
         return Selection(top(scores, config.keep))
     total = config.attention_weight * points(attention) + (1 - config.attention_weight) * points(scores)
     plain = scored is None and not config.centre and not config.normalise
-    return carve(tokens, products if plain else gram(tokens), total, config.keep)
+    return carve(tokens, products if plain else gram(rest), total, config.keep)
 
 
 def attention_of(state: LayerState, rows: slice, seen: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def lengths(products: Tensor) -> Tensor:
 
 def contribution(products: Tensor, energy: float = 1.0) -> Tensor:
     """products: (..., N, N) of `gram`, whose eigenvectors are U and whose eigenvalues s^2. Returns (..., N)."""
-    values, vectors = torch.linalg.eigh(products)
+    values, vectors = _eigh(products)
     squares = values.clamp_(min=0)
     sizes = squares.sqrt()
     if energy < 1:
@@ -81,3 +82,11 @@ def contribution(products: Tensor, energy: float = 1.0) -> Tensor:
         larger = squares.flip(-1).cumsum(-1).flip(-1) - squares
         sizes = sizes * (larger < energy * squares.sum(-1, keepdim=True))
     return (vectors.abs_() @ sizes[..., None])[..., 0]
+
+
+def _eigh(products: Tensor) -> tuple[Tensor, Tensor]:
+    if products.device.type != "cpu":
+        return tuple(torch.linalg.eigh(products))
+    # NumPy's LAPACK needs 0.7 of the time of torch's for 256 tokens, and as much for 64.
+    values, vectors = np.linalg.eigh(products.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
