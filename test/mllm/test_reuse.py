@@ -155,6 +155,21 @@ def test_a_plan_without_an_action_left_and_one_whose_rest_moves_the_gripper_are_
     assert play(ActionReuse(PAPER), [plan(0, 0, 0, 0, left=1), closing, closing], 5)[-1] == ("gripper", 0)
 
 
+def test_after_a_change_of_the_gripper_that_was_foreseen_a_plan_goes_on():
+    commands = [OPEN, OPEN, OPEN, CLOSE, CLOSE, CLOSE]
+
+    def look(first: int) -> ActionStep:
+        """Four actions, the first two carried out, of a gripper that closes in the fourth step of all."""
+        step = plan(0, 0, 0, 0, left=1)
+        step.plan[:, 6] = commands[first : first + 4] + [CLOSE] * (first - 2)
+        return step
+
+    assert play(ActionReuse(PAPER), [look(0), look(2), look(4)], 6)[4:] == [("reused", 0), ("", 0)]
+    late = look(2)
+    late.plan[1, 6] = OPEN  # not in the step that was foreseen
+    assert play(ActionReuse(PAPER), [look(0), late, look(4)], 5)[-1] == ("gripper", 0)
+
+
 def test_the_rest_of_a_plan_may_be_shorter_than_what_is_carried_out_at_a_time():
     looks = [plan(0, 0, 0, 0, 0, left=2), plan(0, 0, 0, 5, 6, left=2), plan(7, 7, 7, 7, 7, left=2)]
     played = play(ActionReuse(PAPER), looks, 9)
