@@ -34,6 +34,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "shift": (0, 64),
     "jitter": (0, 1),
     "proprio_noise": (0, 1),
+    "thin_share": (0, 1),
     "validation": (0, 0.5),
     "checkpoint_seconds": (1, 86400),
     "log_seconds": (0.1, 3600),
@@ -61,6 +62,7 @@ class TrainConfig:
     phase_weights: phase -> how much more often its frames are drawn.
     source_weights: a demonstration's source ("expert", "dagger") -> how much more often its frames are drawn.
     shift: pixels by which images are moved at random.  jitter: largest change of brightness and contrast.
+    thin_share: of the steps, in which the decoder goes on with fewer visual tokens (`mllm.training.thinning`).
     proprio_noise: spread of what is added to proprioception, in its normalised units.
     validation: share of the episodes that are held out.
     precision: "float32" or "bfloat16" (matrix products only; weights stay float32), or "auto": bfloat16 where the
@@ -95,6 +97,7 @@ class TrainConfig:
     shift: int = 0
     jitter: float = 0.1
     proprio_noise: float = 0.02
+    thin_share: float = 0.0
     validation: float = 0.02
     precision: str = "auto"
     device: str = "cpu"

@@ -14,6 +14,7 @@ from mllm.diffusion.head import DiffusionHead
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch
 from mllm.training.pointing import Watch, attention_of_words, naming_loss, places_of_words, pointing_loss
+from mllm.training.thinning import thinning
 from mllm.vla import VLA
 
 TARGET_SCALE = 0.1  # m, that count as 1 in the auxiliary loss; our choice
@@ -56,6 +57,7 @@ class Learner(nn.Module):
         scores = attention_of_words(self.model, visual, words, places.shape[2])
         loss = pointing_loss(scores.float(), places)
         if watch.second is not None:
+            prompt -= watch.dropped
             named = places_of_words(batch.texts, words.tolist(), prompt).to(visual.device)
             loss = loss + naming_loss(watch.second, prompt, named)
         return loss
@@ -98,7 +100,8 @@ class Learner(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype is torch.bfloat16):
             visual = model.visual_tokens(self.pixels(batch.images, generator))
             prompt = model.prompt(visual, batch.texts, self.proprio(batch, generator))
-            watch = Watch()
+            thin = generator if generator is not None and generator.random() < config.thin_share else None
+            watch = Watch(None if thin is None else thinning(model, thin))
             if model.action_head is not None:
                 hidden = model.one_pass(*prompt, hook=watch)
                 if isinstance(model.action_head, DiffusionHead):

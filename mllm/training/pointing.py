@@ -17,21 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm.decoder import DecoderLayer, LayerState
+from mllm.decoder import DecoderLayer, Kept, LayerState, TokenHook
 from mllm.vla import VLA
 
 BEFORE = 4  # positions between the image and an object's name: proprioception, and "pick up the"
 
 
 class Watch:
-    """A `TokenHook` that drops nothing and remembers the second layer. Models of two layers do not call it."""
+    """A `TokenHook` that remembers the second layer, and drops what `hook` does. Models of two layers do not call it.
 
-    def __init__(self) -> None:
+    dropped: positions that were gone before the second layer.
+    """
+
+    def __init__(self, hook: TokenHook | None = None) -> None:
         self.second: LayerState | None = None
+        self.dropped = 0
+        self._hook = hook
 
-    def __call__(self, state: LayerState) -> None:
+    def __call__(self, state: LayerState) -> Kept | None:
         if state.layer == 2:
             self.second = state
+        kept = None if self._hook is None else self._hook(state)
+        if kept is not None and state.layer == 1:
+            self.dropped = state.hidden.shape[1] - kept.index.shape[1]
+        return kept
 
 
 def attention_of_words(model: VLA, visual: Tensor, words: Tensor, cameras: int) -> Tensor:
@@ -67,7 +76,7 @@ def naming_loss(second: LayerState, prompt: int, places: Tensor) -> Tensor:
     """The cross-entropy of what the answer attends to, in the first head of the second layer, with the word that names
     the object; over the samples that have one.
 
-    prompt: positions of the prompt, the last of which belongs to the answer.  places: (B,) of `places_of_words`.
+    prompt: positions of the prompt in this layer, the last of which belongs to the answer.  places: (B,) of `places_of_words`.
     """
     scores = _scores(second.query[:, :, prompt - 1 :], second.key[:, :, :prompt], 1)[:, 0]
     if second.valid is not None:

@@ -1,0 +1,46 @@
+"""Fewer visual tokens in training, so that a policy does not come to need those that are dropped later.
+
+The papers' methods need no training, and neither do ours; but a small model that has always had all of its tokens loses
+more without them than one that has not (our choice). What is drawn favours none of the methods that it is made for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mllm.compress import CompressConfig, Compressor
+from mllm.vla import VLA
+
+METHODS = ("flashvla", "tokencarve", "random")
+LAYERS = (1, 2)  # after which tokens are dropped
+SHARES = (1 / 8, 1 / 2)  # of the tokens, that stay
+
+
+def draw_compression(generator: np.random.Generator, tokens: int, images: int, layers: int) -> CompressConfig:
+    """How a step's decoder, of so many layers, drops visual tokens: so many, an equal number of every image."""
+    each = tokens // images
+    low, high = (max(1, round(share * each)) for share in SHARES)
+    return CompressConfig(
+        str(generator.choice(METHODS)),
+        keep=images * int(generator.integers(low, high, endpoint=True)),
+        layer=int(generator.choice([layer for layer in LAYERS if layer < layers])),
+        per_camera=bool(generator.integers(2)),
+        seed=int(generator.integers(1 << 31)),
+    )
+
+
+def thinning(model: VLA, generator: np.random.Generator) -> Compressor:
+    """The decoder's hook of one step in training, for `VLA.one_pass` and `VLA.teacher_forced`."""
+    config, tokens = model.config, model.vision_backbone.tokens
+    images, layers = len(config.cameras), config.decoder.num_hidden_layers
+    return Compressor(
+        draw_compression(generator, tokens, images, layers),
+        torch.arange(1, tokens + 1, device=model.device)[None],
+        layers,
+        images=images,
+        # The last token of a known answer is not given: there is nothing to foretell behind it.
+        slots=config.action_tokens - (config.decoding == "causal"),
+        stop=int(config.decoding == "full"),
+        mutual=config.decoding == "full",
+    )
