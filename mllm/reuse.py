@@ -6,9 +6,9 @@ the paper decides before look s, from the two looks before it, to reuse A(s) := 
     alpha(s) = arccos(A(s-2).A(s-1) / (|A(s-2)| |A(s-1)|)) < eps1   and   phi(s) = |I(s-2) & I(s-1)| / |I(s-1)| > eps2
 
 (its Eq. 6 prints alpha > eps1; its text, which makes sense, reuses where actions are stable). Our choices, where the
-paper is silent: alpha is over the six numbers of the pose; the gripper's command must be the same in both, and go on as
-it is; two looks that ran the model lie between two reuses; what was before a clamped command, a reset or a new instruction
-is forgotten.
+paper is silent: alpha is over the six numbers of the pose; the gripper's command must be the same in both, and go on
+as it is; two looks that ran the model lie between two reuses; what was before a clamped command, a reset or a new
+instruction is forgotten.
 
 Our choice too is what reuse means for a policy that predicts several actions and carries out the first m of them: it
 goes on with the next m of that plan. So alpha(s) is the angle between what the plan of look s-2 foresaw for the steps
@@ -223,7 +223,7 @@ class ActionReuse:
 
 
 def steady(foreseen: np.ndarray, said: np.ndarray, following: np.ndarray) -> bool:
-    """Whether the gripper did what was foreseen, and does not change from the last action on; commands, by their sign."""
+    """Whether the gripper did what was foreseen, and goes on as it was last; commands, by their sign."""
     foreseen, said, following = (np.asarray(commands) > 0 for commands in (foreseen, said, following))
     return np.array_equal(foreseen, said) and bool((following == said[-1]).all())
 

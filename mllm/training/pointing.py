@@ -76,7 +76,8 @@ def naming_loss(second: LayerState, prompt: int, places: Tensor) -> Tensor:
     """The cross-entropy of what the answer attends to, in the first head of the second layer, with the word that names
     the object; over the samples that have one.
 
-    prompt: positions of the prompt in this layer, the last of which belongs to the answer.  places: (B,) of `places_of_words`.
+    prompt: positions of the prompt in this layer, the last of which belongs to the answer.
+    places: (B,) of `places_of_words`.
     """
     scores = _scores(second.query[:, :, prompt - 1 :], second.key[:, :, :prompt], 1)[:, 0]
     if second.valid is not None:

@@ -1,4 +1,4 @@
-"""Fewer visual tokens in training: which ones, that training and acting drop the same, and that it can be learned from."""
+"""Fewer visual tokens in training: which, that training and acting drop the same, and that it can be learned from."""
 
 from __future__ import annotations
 
