@@ -22,6 +22,8 @@ def run_bench(config: BenchConfig, json_output: bool) -> int:
         "min ms",
         "median ms",
         "times as fast",
+        "in a row ms",
+        "times as fast",
         "error",
         "kB",
         "of fp16",
@@ -38,6 +40,8 @@ def run_bench(config: BenchConfig, json_output: bool) -> int:
             f"{row['min_ms']:.3f}",
             f"{row['median_ms']:.3f}",
             f"{row['times_as_fast']:.2f}",
+            f"{row['in_a_row_ms']:.3f}",
+            f"{row['in_a_row_times']:.2f}",
             f"{row['error']:.4f}",
             f"{row['bytes'] / 1e3:.1f}",
             f"{row['share']:.3f}",
@@ -48,7 +52,7 @@ def run_bench(config: BenchConfig, json_output: bool) -> int:
     for table in tables.values():
         console.print(table)
     console.print(
-        "times as fast: as float32, by the shortest calls; error: root mean square, of float32's output; floor: what "
+        "times as fast: as float32, by the shortest calls, first with other contenders' calls between; error: root mean square, of float32's output; floor: what "
         f"the memory or the arithmetic takes at least; scaling: over threads {config.threads[0]}"
     )
     for absent in result["absent"]:

@@ -1,7 +1,8 @@
 """What a linear layer costs in every number format: time, error and memory, in one run.
 
 Every contender runs once, then every one again, so that a slow moment of the machine falls on all. The order is drawn
-anew each time: what ran before leaves caches behind. So weights come from as far away as they do within a model.
+anew each time: what ran before leaves caches behind. So weights come from as far away as they do within a large model.
+Then each runs some times in a row, with what caches can hold of its weights near by, as within a small model.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ def measure(config: BenchConfig | None = None) -> dict[str, Any]:
 
     Returns what JSON can hold. "rows": for every shape, number of threads, batch and contender
         "calls" measured; "min_ms" and "median_ms" of one; "times_as_fast" as plain float32, by the shortest calls;
+        "in_a_row_ms" and "in_a_row_times", the shortest of as many calls in a row, and how often as fast that is;
         "error": root mean square of the difference to plain float32's output, over that of the output;
         "bytes" of the weights, and "share" of what they take in float16;
         "floor_ms": the larger of the bytes of weights, inputs and outputs at the memory's rate, and of two operations a
@@ -127,6 +130,7 @@ def compare(found: list[Contender], x: Tensor, repeats: int, speeds: dict[str, f
                 started = time.perf_counter()
                 one.run(x)
                 taken.append(time.perf_counter() - started)
+    in_a_row = {one.name: best_seconds(partial(one.run, x), CPU, len(seconds[one.name])) for one in found}
     rows = []
     for one in found:
         taken = seconds[one.name]
@@ -139,6 +143,8 @@ def compare(found: list[Contender], x: Tensor, repeats: int, speeds: dict[str, f
                 "min_ms": 1e3 * min(taken),
                 "median_ms": 1e3 * statistics.median(taken),
                 "times_as_fast": min(seconds[BASELINE]) / min(taken),
+                "in_a_row_ms": 1e3 * in_a_row[one.name],
+                "in_a_row_times": in_a_row[BASELINE] / in_a_row[one.name],
                 "error": float((outputs[one.name] - exact).norm() / exact.norm()),
                 "bytes": one.size,
                 "share": one.size / (2 * x.shape[1] * exact.shape[1]),

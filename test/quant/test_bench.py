@@ -63,6 +63,8 @@ def test_the_figures_of_a_row_agree_with_each_other(result):
         assert row["calls"] == 2
         assert 0 < row["min_ms"] <= row["median_ms"]
         assert row["times_as_fast"] == pytest.approx(plain["min_ms"] / row["min_ms"])
+        assert row["in_a_row_times"] == pytest.approx(plain["in_a_row_ms"] / row["in_a_row_ms"])
+        assert row["in_a_row_ms"] > 0
         assert row["scaling"] == pytest.approx(rows[shape, 1, batch, name]["min_ms"] / row["min_ms"])
         count, size = map(int, shape.split("x"))
         assert row["share"] == pytest.approx(row["bytes"] / (2 * count * size))
