@@ -52,8 +52,9 @@ def run_bench(config: BenchConfig, json_output: bool) -> int:
     for table in tables.values():
         console.print(table)
     console.print(
-        "times as fast: as float32, by the shortest calls, first with other contenders' calls between; error: root mean square, of float32's output; floor: what "
-        f"the memory or the arithmetic takes at least; scaling: over threads {config.threads[0]}"
+        "times as fast: as float32, by the shortest calls, at first with the others' between; error: root mean square, "
+        "of float32's output; floor: what the memory or the arithmetic takes at least; scaling: over threads "
+        f"{config.threads[0]}"
     )
     for absent in result["absent"]:
         console.print(f"absent: {absent['name']}, {absent['shape']}: {absent['reason']}", markup=False)

@@ -30,10 +30,8 @@ def read_rate(dtype: torch.dtype, device: torch.device) -> float:
     scale, pieces = (8, 1) if device.type == "cuda" else (1, 16)
     large = torch.ones((scale * 256 << 20) // dtype.itemsize, dtype=dtype, device=device).view(pieces, 8, -1)
     turn = cycle(large)
-    seconds = [
-        best_seconds(call, device, 6 * pieces) for call in (lambda: next(turn).max(), lambda: next(turn).amax(0))
-    ]
-    return large[0].nbytes / min(seconds)
+    ways = (lambda: next(turn).max(), lambda: next(turn).amax(0))
+    return large[0].nbytes / min(best_seconds(way, device, 6 * pieces) for way in ways)
 
 
 def wait(device: torch.device) -> None:
