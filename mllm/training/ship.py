@@ -32,11 +32,13 @@ def ship(run: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
         shutil.copyfile(run / CURVES, out / CURVES)
 
 
-def history(run: Path) -> list[dict[str, Any]]:
+def history(run: Path, known: dict[Path, tuple[str, str]] | None = None) -> list[dict[str, Any]]:
     """The run and those it started from, the first one first: configuration, steps, and what it learned from.
 
     What a shipped checkpoint came from is written beside it.
+    known: suite and source of demonstrations that were read before, to which others are added.
     """
+    known = {} if known is None else known
     facts = read_facts(run)
     if facts is None:
         raise PolicyError(f"{run} is no run: it has no state")
@@ -44,10 +46,14 @@ def history(run: Path) -> list[dict[str, Any]]:
     before: list[dict[str, Any]] = []
     if config["init"]:
         start = Path(config["init"])
-        before = history(start.parent) if read_facts(start.parent) else read_history(start)
+        before = history(start.parent, known) if read_facts(start.parent) else read_history(start)
     # A folder that is named twice weighs twice and holds what it holds.
     paths = find_demonstrations(list(dict.fromkeys(config["data"])))
-    counted = Counter((demo.suite, _source(demo)) for demo in map(read_demonstration, paths))
+    for path in paths:
+        if path not in known:
+            demo = read_demonstration(path)
+            known[path] = demo.suite, _source(demo)
+    counted = Counter(known[path] for path in paths)
     learned = [
         {"suite": suite, "source": source, "episodes": count} for (suite, source), count in sorted(counted.items())
     ]
