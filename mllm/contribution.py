@@ -95,7 +95,7 @@ def _eigh(products: Tensor) -> tuple[Tensor, Tensor]:
     if products.device.type != "cpu" or products.shape[-1] < MANY:
         return tuple(torch.linalg.eigh(products))
     with _one_thread():
-        values, vectors = np.linalg.eigh(products.numpy())
+        values, vectors = np.linalg.eigh(products.detach().numpy())
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 

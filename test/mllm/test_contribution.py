@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from mllm.contribution import WIDE, gram, information_contribution  # noqa: E402
+from mllm.contribution import MANY, WIDE, gram, information_contribution  # noqa: E402
 
 
 def by_definition(tokens, energy=1.0):
@@ -59,6 +59,15 @@ def test_tokens_too_wide_for_float64_keep_what_the_definition_keeps(dtype):
         assert torch.allclose(sample, expected, rtol=1e-5)
         assert set(sample.topk(30).indices.tolist()) == set(expected.topk(30).indices.tolist())
     assert torch.allclose(information_contribution(tokens.double()), torch.stack([*map(by_definition, tokens)]))
+
+
+@pytest.mark.parametrize("shape", [(20, 32), (MANY, 32), (20, WIDE), (2, MANY, 16)], ids=str)
+def test_many_and_wide_tokens_are_scored_as_few_and_narrow_ones_with_a_gradient_or_without(shape):
+    tokens = torch.randn(shape)
+    scores = information_contribution(tokens)
+    expected = torch.stack([by_definition(sample) for sample in tokens.view(-1, *shape[-2:])]).view(shape[:-1])
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(information_contribution(tokens.requires_grad_()).detach(), scores)
 
 
 @some
