@@ -51,7 +51,12 @@ setup(
         # Keep the torch that is installed, or pin one, in the same command: torchvision, which timm asks for, goes with
         # one version of torch, and its newest brings the newest torch and several gigabytes of CUDA.
         "vla": [
-            *("torch>=2.5", "timm>=1.0.9", "transformers>=4.45", "tokenizers>=0.19", "huggingface_hub", "pillow>=9"),
+            "torch>=2.5",
+            "timm>=1.0.9",
+            "transformers>=4.45",
+            "tokenizers>=0.19",
+            "huggingface_hub",
+            "pillow>=9",
             "threadpoolctl>=3",
         ],
         "data": ["h5py>=3.8", "pyarrow>=14", "av>=12"],

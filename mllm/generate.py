@@ -45,9 +45,10 @@ class Choice:
         return list(zip(kept, merged, strict=True))
 
 
-def compressor(model: VLA, config: CompressConfig) -> Compressor | None:
+def compressor(model: VLA, config: CompressConfig, taught: bool = False) -> Compressor | None:
     """The token hook for prompts of `VLA.prompt`; None for method "none".
 
+    taught: an answer stands behind the prompt of a causal model, all but its last token: `VLA.teacher_forced`.
     Raises PolicyError: see `CompressConfig.check`.
     """
     sizes, tokens = model.config, model.vision_backbone.tokens
@@ -57,7 +58,7 @@ def compressor(model: VLA, config: CompressConfig) -> Compressor | None:
         torch.arange(1, tokens + 1, device=model.device)[None],
         sizes.decoder.num_hidden_layers,
         images=len(sizes.cameras),
-        slots=sizes.action_tokens if one_pass else 0,
+        slots=sizes.action_tokens if one_pass else taught * (sizes.action_tokens - 1),
         stop=int(full),
         mutual=full,
     )

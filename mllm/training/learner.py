@@ -100,8 +100,9 @@ class Learner(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype is torch.bfloat16):
             visual = model.visual_tokens(self.pixels(batch.images, generator))
             prompt = model.prompt(visual, batch.texts, self.proprio(batch, generator))
-            thin = generator if generator is not None and generator.random() < config.thin_share else None
-            watch = Watch(None if thin is None else thinning(model, thin))
+            watch = Watch()
+            if generator is not None and config.thin_share and generator.random() < config.thin_share:
+                watch = Watch(thinning(model, generator))
             if model.action_head is not None:
                 hidden = model.one_pass(*prompt, hook=watch)
                 if isinstance(model.action_head, DiffusionHead):

@@ -7,9 +7,9 @@ more without them than one that has not (our choice). What is drawn favours none
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from mllm.compress import CompressConfig, Compressor
+from mllm.generate import compressor
 from mllm.vla import VLA
 
 METHODS = ("flashvla", "tokencarve", "random")
@@ -30,17 +30,8 @@ def draw_compression(generator: np.random.Generator, tokens: int, images: int, l
     )
 
 
-def thinning(model: VLA, generator: np.random.Generator) -> Compressor:
+def thinning(model: VLA, generator: np.random.Generator) -> Compressor | None:
     """The decoder's hook of one step in training, for `VLA.one_pass` and `VLA.teacher_forced`."""
-    config, tokens = model.config, model.vision_backbone.tokens
-    images, layers = len(config.cameras), config.decoder.num_hidden_layers
-    return Compressor(
-        draw_compression(generator, tokens, images, layers),
-        torch.arange(1, tokens + 1, device=model.device)[None],
-        layers,
-        images=images,
-        # The last token of a known answer is not given: there is nothing to foretell behind it.
-        slots=config.action_tokens - (config.decoding == "causal"),
-        stop=int(config.decoding == "full"),
-        mutual=config.decoding == "full",
-    )
+    tokens, images = model.vision_backbone.tokens, len(model.config.cameras)
+    drawn = draw_compression(generator, tokens, images, model.config.decoder.num_hidden_layers)
+    return compressor(model, drawn, taught=True)
