@@ -12,10 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from flashvla_ros.console import table_console
+from flashvla_ros.palette import BLUE, INK, ORANGE, picture_style
 from mllm.diffusion.experiment import ExperimentConfig, Outcome, Task, outcomes, run_experiment
-from sim.report_plots import plot_style
-
-INK, SOFT, LINE, PLAIN, TUNED = "#1c2127", "#5d6773", "#dfe3e8", "#2f6fab", "#c05a2b"
 
 
 def show(folder: Path, tasks: Sequence[Task], config: ExperimentConfig, json_output: bool) -> int:
@@ -68,14 +66,13 @@ def draw(metrics: Mapping[str, Sequence[Outcome]], rows: Sequence[Mapping[str, A
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {**plot_style(INK, SOFT, LINE), "font.size": 9}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(picture_style(9)):
         names = [arm.arm for arm in next(iter(metrics.values()))]
         figure = Figure((3.2 * len(metrics) + 2.2, 0.32 * len(names) + 1.0), layout="constrained", dpi=150)
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         for panel, (metric, arms) in zip(panels, metrics.items(), strict=True):
             for place, arm in enumerate(arms):
-                colour = TUNED if "LoRA" in arm.arm else PLAIN
+                colour = ORANGE if "LoRA" in arm.arm else BLUE
                 panel.barh(place, arm.mean, color=colour, alpha=0.35, height=0.7)
                 seeds = [row["metrics"][metric] for row in rows if (row["task"], row["arm"]) == (task, arm.arm)]
                 panel.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=3.5)

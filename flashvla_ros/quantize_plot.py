@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from flashvla_ros.palette import BLUE, GREEN, GREY, LINE, OCHRE, ORANGE, PURPLE, SOFT, picture_style
 from quant.convert import Report
-from sim.report_plots import plot_style
 
-INK, SOFT, LINE = "#1c2127", "#5d6773", "#dfe3e8"
 # Of the format: without a sign; integers; the rest by bits of its exponent.
-UNSIGNED = "#c05a2b"
-SIGNED = {1: "#8a8f98", 2: "#2f6fab", 3: "#2f7d5b", 4: "#8a5bb5", 5: "#b58a2b"}
-_STYLE: dict[Any, Any] = {**plot_style(INK, SOFT, LINE), "font.size": 8, "axes.grid": True}
+UNSIGNED = ORANGE
+SIGNED = {1: GREY, 2: BLUE, 3: GREEN, 4: PURPLE, 5: OCHRE}
 
 
 def draw_report(report: Report, path: Path) -> None:
@@ -29,7 +26,7 @@ def draw_report(report: Report, path: Path) -> None:
         else (0.0, LINE, "float")
         for one in layers
     ]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**picture_style(8), "axes.grid": True}):
         figure = Figure(figsize=(10, 1.2 + 0.19 * len(layers)), dpi=120, layout="constrained")
         for axes, bars, title in zip(
             figure.subplots(1, 2, sharey=True), (weights, inputs), ("weights", "inputs"), strict=True

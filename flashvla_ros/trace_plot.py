@@ -10,13 +10,12 @@ import numpy as np
 
 from flashvla_ros.bag_trace import BagTrace
 from flashvla_ros.errors import ConfigurationError
+from flashvla_ros.palette import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, picture_style
 from mllm.reuse import Reason
-from sim.report_plots import plot_style
 
 FORMATS = (".png", ".svg", ".pdf")
-INK, SOFT, LINE, REUSED, COMPUTED = "#1c2127", "#5d6773", "#dfe3e8", "#c05a2b", "#2f6fab"
-AXES = {"x": INK, "y": "#2f7d5b", "z": "#8a5bb5"}
-_STYLE: dict[Any, Any] = {**plot_style(INK, SOFT, LINE), "font.size": 9, "axes.grid": True}
+REUSED, COMPUTED = ORANGE, BLUE
+AXES = {"x": INK, "y": GREEN, "z": PURPLE}
 
 
 def borders(times: np.ndarray) -> np.ndarray:
@@ -62,7 +61,7 @@ def draw_trace(trace: BagTrace, path: Path) -> None:
             rows.append((1.1, panel))
     rows.append((1.3, _latency))
     heights = [height for height, _ in rows]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**picture_style(9), "axes.grid": True}):
         figure = Figure(figsize=(10, sum(heights) + 0.3 * len(rows) + 0.6), dpi=120, layout="constrained")
         all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (_, draw) in zip(all_axes, rows, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm.actions import ActionTokens, gripper_from_command
 from mllm.diffusion.head import DiffusionHead
+from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch
 from mllm.training.pointing import Watch, attention_of_words, naming_loss, places_of_words, pointing_loss
@@ -27,11 +28,16 @@ class Learner(nn.Module):
 
     Where the model answers with numbers the main loss is their L1 distance (OpenVLA-OFT, arXiv 2502.19645); where it
     draws them from noise, the squared error of the noise (DDPM, arXiv 2006.11239); where it answers with tokens, the
-    cross-entropy against the label's bin and its neighbours.
+    cross-entropy against the label's bin and its neighbours.  Raises PolicyError: the model cannot drop tokens.
     """
 
     def __init__(self, model: VLA, config: TrainConfig, phases: int, objects: Sequence[int] = ()) -> None:
         super().__init__()
+        if config.thin_share and model.config.decoder.num_hidden_layers < 2:
+            raise PolicyError(
+                f"TrainConfig.thin_share is {config.thin_share}: the model's decoder has one layer, and tokens are "
+                "dropped between two; set it to 0"
+            )
         self.model, self.config = model, config
         hidden = model.config.decoder.hidden_size
         self.target_head, self.phase_head = nn.Linear(hidden, 6), nn.Linear(hidden, phases)

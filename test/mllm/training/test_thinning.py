@@ -11,8 +11,11 @@ torch = pytest.importorskip("torch")
 
 from mllm.checkpoint import load_checkpoint  # noqa: E402
 from mllm.compress import CompressConfig  # noqa: E402
+from mllm.errors import PolicyError  # noqa: E402
 from mllm.generate import compressor  # noqa: E402
 from mllm.training import thinning as module  # noqa: E402
+from mllm.training.config import TrainConfig  # noqa: E402
+from mllm.training.learner import Learner  # noqa: E402
 from mllm.training.pointing import Watch, naming_loss, places_of_words  # noqa: E402
 from mllm.training.thinning import METHODS, draw_compression, thinning  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
@@ -107,3 +110,10 @@ def test_what_stays_is_learned_from_and_what_is_gone_only_where_it_was_merged(mo
     merged = set() if kept[0].merged is None else set((kept[0].merged[0, :, 0] - 1).tolist())
     assert set(visual.grad[0].any(-1).nonzero()[:, 0].tolist()) == stays | merged
     assert len(merged) == (2 if method == "tokencarve" else 0)
+
+
+def test_one_layer_has_nothing_behind_it_to_go_on_with_less(model):
+    one = VLA(replace(model.config, decoder=replace(model.config.decoder, num_hidden_layers=1)))
+    Learner(one, TrainConfig("run", ("data",)), phases=3)
+    with pytest.raises(PolicyError, match=r"thin_share is 0\.5: .* one layer"):
+        Learner(one, TrainConfig("run", ("data",), thin_share=0.5), phases=3)
