@@ -56,7 +56,8 @@ class FrameGate:
         grid = tokens.reshape(-1, layout.rows, layout.columns)
         if layout.mirror:
             grid = grid[:, :, ::-1]
-        self._watched = touching(layout.rows) @ grid @ touching(layout.columns).T > 0
+        watched = touching(layout.rows) @ grid @ touching(layout.columns).T > 0
+        self._watched = np.moveaxis(watched, 0, -1)
 
     def surprise(self, images: Mapping[str, np.ndarray]) -> float:
         """images: camera -> (H, W, 3) uint8 RGB, of this frame.
@@ -69,17 +70,17 @@ class FrameGate:
         if not names or any(name not in images for name in names):
             self._frames = self._changes = None
             return float("inf")
-        frames = np.stack([self._shrink(images[name]) for name in names])
+        # Cameras as channels: one call for all of them.
+        frames = np.stack([self._shrink(images[name]) for name in names], -1)
         before, self._frames = self._frames, frames
         if before is None or before.shape != frames.shape:
             self._changes = None
             return 0.0 if before is None else float("inf")
-        changes = np.stack([cell_means(now, then) for now, then in zip(frames, before, strict=True)])
+        changes = cell_means(frames, before)
         earlier, self._changes = self._changes, changes
         if earlier is None:
             return 0.0
-        usual = np.stack([cv2.dilate(change, AROUND) for change in earlier])
-        surprises = changes - np.float32(MOTION) * usual
+        surprises = changes - np.float32(MOTION) * cv2.dilate(earlier, AROUND).reshape(changes.shape)
         if self._watched is not None:
             surprises = surprises[self._watched]
         return max(float(surprises.max(initial=0.0)), 0.0)
@@ -97,8 +98,9 @@ class FrameGate:
 
 
 def cell_means(now: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """Two small grey images. Returns the mean absolute difference of every cell, (CELLS, CELLS) float32."""
-    return cv2.resize(cv2.absdiff(now, then), (CELLS, CELLS), interpolation=cv2.INTER_AREA)
+    """Small grey images, (side, side, C). Returns each cell's mean absolute difference, (CELLS, CELLS, C) float32."""
+    means = cv2.resize(cv2.absdiff(now, then), (CELLS, CELLS), interpolation=cv2.INTER_AREA)
+    return means.reshape(CELLS, CELLS, -1)
 
 
 def touching(count: int) -> np.ndarray:
