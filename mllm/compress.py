@@ -18,6 +18,7 @@ from mllm.config import changed, check_choice, check_flags, check_numbers, check
 from mllm.contribution import contribution, gram
 from mllm.decoder import Kept, LayerState
 from mllm.errors import PolicyError
+from mllm.kernels import rows_at
 from mllm.selection import Selection, carve, draw, points, spread, top
 
 METHODS = ("none", "flashvla", "tokencarve", "fastv", "random", "uniform")
@@ -163,6 +164,8 @@ class Compressor:
         self.config, self.places = config, places
         self.slots, self.stop, self.mutual = slots, stop, mutual
         self.groups = images if config.per_camera else 1
+        self._each = replace(config, keep=config.keep // self.groups)
+        self._firsts = torch.arange(self.groups, device=places.device).view(1, -1, 1) * (places.shape[1] // self.groups)
 
     def __call__(self, state: LayerState) -> Kept | None:
         if state.layer != self.config.layer or self.config.method == "none":
@@ -179,7 +182,7 @@ class Compressor:
         if selection.tokens is not None:
             rows = kept[..., None].expand_as(selection.tokens)
             hidden = state.hidden.scatter(1, rows, selection.tokens)
-            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = rows_at(hidden, index)
         if selection.merged is not None:
             merged = places.gather(1, selection.merged.flatten(1)).view_as(selection.merged)
         return Kept(index, hidden, trim=self.config.trim, merged=merged)
@@ -189,21 +192,18 @@ class Compressor:
         config, (batch, count), groups = self.config, places.shape, self.groups
 
         def tokens_of(hidden: Tensor) -> Tensor:
-            rows = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-            return rows.view(batch * groups, count // groups, -1)
+            return rows_at(hidden, places).view(batch * groups, count // groups, -1)
 
         attention = None
         if config.method in ATTENTIVE:
             row = attention_of(state, *self._query(state.hidden.shape[1]))
             attention = row.gather(1, places).view(-1, count // groups)
         scored = tokens_of(state.attention) if config.matrix == "attention" else None
-        each = replace(config, keep=config.keep // groups)
-        selection = select(each, tokens_of(state.hidden), attention, scored)
-        first = torch.arange(groups, device=places.device).view(1, groups, 1) * (count // groups)
+        selection = select(self._each, tokens_of(state.hidden), attention, scored)
         merged, tokens = selection.merged, selection.tokens
         if merged is not None:
-            merged = (merged.view(batch, groups, -1) + first).view(batch, -1, 2)
-        kept = (selection.kept.reshape(batch, groups, -1) + first).view(batch, -1)
+            merged = (merged.view(batch, groups, -1) + self._firsts).view(batch, -1, 2)
+        kept = (selection.kept.reshape(batch, groups, -1) + self._firsts).view(batch, -1)
         return Selection(kept, merged, None if tokens is None else tokens.view(batch, config.keep, -1))
 
     def _query(self, count: int) -> tuple[slice, int]:

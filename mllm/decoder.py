@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import DecoderConfig
-from mllm.kernels import Linear, attention, product, rms_norm
+from mllm.kernels import Linear, attention, product, rms_norm, rows_at
 
 
 @dataclass(frozen=True)
@@ -347,10 +347,7 @@ class Decoder(nn.Module):
         valid = kept.valid if kept.valid is not None or valid is None else valid.gather(1, index)
         if cache is not None and kept.trim:
             cache.keep(range(layer), index, valid)
-        if kept.hidden is not None:
-            hidden = kept.hidden
-        else:
-            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden = rows_at(hidden, index) if kept.hidden is None else kept.hidden
         return hidden, positions.expand(len(index), -1).gather(1, index), valid
 
 

@@ -84,6 +84,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, ca
     return torch.matmul(scores.softmax(-1, dtype=scores.dtype), value)
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x: (B, T, d), index: (B, K) into T. Returns (B, K, d), row by row, where `gather` would go number by number."""
+    batch, count, size = x.shape
+    first = torch.arange(0, batch * count, count, device=index.device)[:, None]
+    return x.reshape(-1, size).index_select(0, (index + first).flatten()).view(batch, -1, size)
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         return _opaque_onednn(x, weight, bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllm.contribution import lengths
+from mllm.kernels import rows_at
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,26 @@ def carve(tokens: Tensor, products: Tensor, total: Tensor, keep: int) -> Selecti
     are merged into it as a plain mean, until `keep` are left. Where there are fewer than 1.5 `keep`, fewer are merged;
     of an odd number the upper half has one more (our choice).
     """
-    size = tokens.shape[-1]
     reserve = min(keep + keep // 2, tokens.shape[1])
     order, low, merging = descending(total), reserve // 2, reserve - keep
     upper, lower = order[:, : reserve - low].sort(-1).values, order[:, reserve - low : reserve].sort(-1).values
     if not merging:
         return Selection(order[:, :keep].sort(-1).values, order.new_empty(len(order), 0, 2))
     length = lengths(products)
-    rows = products.gather(1, lower[..., None].expand(-1, -1, products.shape[-1]))
-    alike = rows.gather(2, upper[:, None].expand(-1, low, -1)) / length.gather(1, upper)[:, None]
+    alike = rows_at(products, lower).gather(2, upper[:, None].expand(-1, low, -1)) / length.gather(1, upper)[:, None]
     best, target = alike.max(-1)
     falling = descending(best / length.gather(1, lower))
     gone, stays = falling[:, :merging].sort(-1).values, falling[:, merging:]
     target = target.gather(1, gone)
     gone = lower.gather(1, gone)
 
-    def at(index: Tensor) -> Tensor:
-        return tokens.gather(1, index[..., None].expand(-1, -1, size))
-
     # A product with ones, as adding rows by index has no fixed order on a GPU.
     ones = (target[:, None] == torch.arange(upper.shape[1], device=target.device)[:, None]).float()
-    means = (at(upper).float() + ones @ at(gone).float()) / (1 + ones.sum(-1, keepdim=True))
+    means = (rows_at(tokens, upper).float() + ones @ rows_at(tokens, gone).float()) / (1 + ones.sum(-1, keepdim=True))
     kept, places = torch.cat((upper, lower.gather(1, stays)), 1).sort(-1)
-    left = torch.cat((means.to(tokens.dtype), at(lower.gather(1, stays))), 1)
+    left = torch.cat((means.to(tokens.dtype), rows_at(tokens, lower.gather(1, stays))), 1)
     return Selection(
         kept,
         torch.stack((gone, upper.gather(1, target)), -1),
-        left.gather(1, places[..., None].expand(-1, -1, size)),
+        rows_at(left, places),
     )
