@@ -164,8 +164,6 @@ class Compressor:
         self.config, self.places = config, places
         self.slots, self.stop, self.mutual = slots, stop, mutual
         self.groups = images if config.per_camera else 1
-        self._each = replace(config, keep=config.keep // self.groups)
-        self._firsts = torch.arange(self.groups, device=places.device).view(1, -1, 1) * (places.shape[1] // self.groups)
 
     def __call__(self, state: LayerState) -> Kept | None:
         if state.layer != self.config.layer or self.config.method == "none":
@@ -199,11 +197,13 @@ class Compressor:
             row = attention_of(state, *self._query(state.hidden.shape[1]))
             attention = row.gather(1, places).view(-1, count // groups)
         scored = tokens_of(state.attention) if config.matrix == "attention" else None
-        selection = select(self._each, tokens_of(state.hidden), attention, scored)
+        each = replace(config, keep=config.keep // groups)
+        selection = select(each, tokens_of(state.hidden), attention, scored)
+        first = torch.arange(groups, device=places.device).view(1, groups, 1) * (count // groups)
         merged, tokens = selection.merged, selection.tokens
         if merged is not None:
-            merged = (merged.view(batch, groups, -1) + self._firsts).view(batch, -1, 2)
-        kept = (selection.kept.reshape(batch, groups, -1) + self._firsts).view(batch, -1)
+            merged = (merged.view(batch, groups, -1) + first).view(batch, -1, 2)
+        kept = (selection.kept.reshape(batch, groups, -1) + first).view(batch, -1)
         return Selection(kept, merged, None if tokens is None else tokens.view(batch, config.keep, -1))
 
     def _query(self, count: int) -> tuple[slice, int]:

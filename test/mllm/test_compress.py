@@ -302,3 +302,8 @@ def test_a_policys_options_name_a_method_or_all_fields():
     assert CompressConfig.parse({"method": "fastv", "keep": 9, "trim": False}) == CompressConfig("fastv", 9, trim=False)
     with pytest.raises(PolicyError, match="compress has no setting 'budget'; choose from method, keep"):
         CompressConfig.parse({"method": "fastv", "budget": 9})
+
+
+def test_method_none_may_have_a_number_that_no_cameras_could_share():
+    config = CompressConfig("none", keep=1, per_camera=True)
+    Compressor(config, torch.arange(1, 9)[None], layers=3, images=2)
