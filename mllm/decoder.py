@@ -149,9 +149,10 @@ class KVCache:
         count = index.shape[1]
         for layer in layers:
             keys_values = self.keys_values[layer]
-            _, batch, heads, _, size = keys_values.shape
-            rows = index[None, :, None, :, None].expand(2, batch, heads, count, size)
-            keys_values[:, :, :, :count] = keys_values.gather(3, rows)
+            kind, batch, heads, _, _ = keys_values.shape
+            rows = index[None, :, None].expand(kind, batch, heads, count)
+            kept = rows_at(keys_values.flatten(0, 2), rows.flatten(0, 2))
+            keys_values[:, :, :, :count] = kept.view(kind, batch, heads, count, -1)
             self.used[layer] = count
             self.valid[layer] = None
             if valid is not None:

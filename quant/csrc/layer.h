@@ -1,7 +1,7 @@
 // The kernels of one set of instructions, around three functions that the file which includes this one has defined:
 //
 //     expand    tiles of codes into tiles of 8 bits
-//     single    sums of one line of inputs with tiles of codes
+//     single    sums of one line of inputs with tiles of codes; told which tiles come next
 //     several   sums of lines of inputs with tiles of 8 bits
 //
 // All floating-point operations are float32, in the order of `PackedLinear.reference`, and must not be contracted.
@@ -139,7 +139,7 @@ TARGET static void multiply(const Layer *layer, const Grid *grid, int64_t first,
             for (int64_t plane = 0; plane < layer->planes; plane++) {
                 const uint8_t *tiles = layer->tiles + (plane * blocks + block) * bytes;
                 if (layer->tables && lines == 1 && grid->run > 1) {
-                    single(tiles, tables, inputs, grid->width, grid->run, sums);
+                    single(tiles, block + 1 < last ? tiles + bytes : tiles, tables, inputs, grid->width, grid->run, sums);
                     continue;
                 }
                 for (int64_t k = 0; k < grid->width; k += DEPTH) {

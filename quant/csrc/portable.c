@@ -33,8 +33,9 @@ static void several(const int8_t *weights, const uint8_t *inputs, int64_t width,
             }
 }
 
-static void single(const uint8_t *tiles, const int8_t *tables, const uint8_t *inputs, int64_t depth, int64_t run,
-                   uint32_t *sums) {
+static void single(const uint8_t *tiles, const uint8_t *next, const int8_t *tables, const uint8_t *inputs, int64_t depth,
+                   int64_t run, uint32_t *sums) {
+    (void)next;
     int8_t expanded[2 * STEP];
     for (int64_t k = 0; k < depth; k += 2 * LANE) {
         expand(tiles + k * CHANNELS / 2, tables, 2 * LANE, expanded);

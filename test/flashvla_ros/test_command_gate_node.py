@@ -45,6 +45,23 @@ class Robot:
             ros.connected(publisher)
         for topic in ("/command", "/gripper_command", "/command_gate/decision"):
             ros.wait(lambda topic=topic: node.count_publishers(topic))
+        self._wait_for_an_answer()
+
+    def _wait_for_an_answer(self):
+        """That a publisher is there does not say that it has found us: asks with commands too old to be obeyed."""
+        stamp, again = 0, 0.0
+
+        def answered():
+            nonlocal stamp, again
+            if time.monotonic() > again:
+                stamp, again = self.propose(age=3600), time.monotonic() + 0.5
+            return any(
+                stamp_ns(m.header.stamp) == stamp and not values_of(m.status[0])["reason"].startswith("incomplete")
+                for m in self.decisions
+            )
+
+        self.ros.wait(answered, what="for the gate to hear and to be heard")
+        self.decisions.clear()
 
     def propose(self, linear=(0.1, 0, 0), angular=(0, 0, 0), opening=0.04, frame="world", age=0.0):
         stamp = self.ros.node.get_clock().now().to_msg()
