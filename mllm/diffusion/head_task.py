@@ -139,7 +139,7 @@ class HeadTask:
 
         "apart": root mean square difference of an action's number, in [-1, 1], from the full-precision head's.
         "pose apart": the same without the gripper's number, which is near -1 or 1 and now and then changes sides.
-        "error": mean absolute difference from the label.
+        "from the label": mean absolute difference from what the expert did.
         """
         hidden, labels = (rows[self._held_out] for rows in (self.features.hidden, self.features.actions))
         noise = torch.randn(labels.shape, generator=torch.Generator().manual_seed(2 * seed + 1))
@@ -149,5 +149,5 @@ class HeadTask:
         return {
             "apart": float(apart.mean().sqrt()),
             "pose apart": float(apart[..., :-1].mean().sqrt()),
-            "error": float((own - labels).abs().mean()),
+            "from the label": float((own - labels).abs().mean()),
         }
