@@ -45,7 +45,7 @@ def test_with_demonstrations_an_action_head_is_put_to_the_test(
     assert {metric: len(arms) for metric, arms in outcomes["action head"].items()} == {
         "apart": 11,
         "pose apart": 11,
-        "error": 11,
+        "from the label": 11,
     }
     assert (tmp_path / "features.safetensors").is_file()
     assert (tmp_path / "action-head.png").read_bytes().startswith(b"\x89PNG")
