@@ -51,8 +51,8 @@ TARGET static void expand(const uint8_t *tiles, const int8_t *tables, int64_t de
     }
 }
 
-// While it multiplies it fetches `next`, the tiles of the next block, into the second cache, in four streams: weights
-// that come from memory, as all but the last layer's do, come so a fifth sooner than the processor alone would fetch them.
+// While it multiplies it fetches `next`, the tiles of the next block, into the second cache, in four streams. A layer whose
+// weights come from memory is done a fifth sooner so, and one whose weights a cache holds a twentieth later.
 TARGET static void single(const uint8_t *tiles, const uint8_t *next, const int8_t *tables, const uint8_t *inputs,
                           int64_t depth, int64_t run, uint32_t *sums) {
     VECTOR total[PARTS][4];
