@@ -133,11 +133,13 @@ def test_command_answers_the_image_and_carries_its_stamp(ros, nodes, third_party
 def test_nothing_is_commanded_before_an_instruction(ros, nodes, third_party):
     camera = Camera(ros, nodes).ready(instruction="")
     camera.show()
+    camera.show()
+    camera.counted("replaced", 1)  # both have arrived, and nothing looked at the first
     camera.reported("waiting for an instruction")
     camera.ready()
     stamp = camera.show(brightness=0)
     camera.answered(1)
-    assert stamp_ns(camera.twists[0].header.stamp) == stamp  # the first command answers the second image
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp  # the first command answers the third image
 
 
 def test_new_instruction_resets_the_policy(ros, nodes, third_party):
