@@ -19,6 +19,7 @@
 #define REPEAT broadcastsi128_si256
 #define AND and_si256
 #define ZERO setzero_si256
+#define FETCH
 
 #include "vectors.h"
 
