@@ -195,6 +195,8 @@ def test_error_of_the_policy_stops_commands_until_a_reset(ros, nodes, third_part
     message = camera.reported("policy failed: RuntimeError: the third party's bug")[0]
     assert message.status[0].level == ERROR
     camera.show()
+    camera.show()
+    camera.counted("replaced", 1)  # both have arrived
     camera.ready()
     stamp = camera.show()
     camera.answered(2)
