@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from flashvla_ros.errors import ConfigurationError
+from flashvla_ros.fields import json_object
 
 if TYPE_CHECKING:
     from mllm.diffusion.tune import TuneConfig
@@ -36,6 +37,8 @@ class Quantize:
     family: Literal["msfp", "signed", "int", "int-minmax"] = "msfp"
     """msfp: floating point, without a sign where the inputs are anomalous. Compare with signed floating point, integers
     by the same search, and integers by the largest magnitude."""
+    least: str = "{}"
+    """JSON object: pattern of layers' names -> least bits of their weights and inputs, such as {"*.o_proj": [4, 6]}."""
     calibration: str = "default"
     """Folder that flashvla collect wrote; or default: the policy plays a few episodes."""
     suite: tuple[str, ...] = ("libero_spatial", "libero_object")
@@ -70,6 +73,10 @@ class Quantize:
     """Print the report as JSON on stdout; everything else goes to stderr."""
 
     def run(self) -> int:
+        import fnmatch
+
+        from torch import nn
+
         from flashvla_ros.quantize import quantize
         from mllm.diffusion.tune import diffusion_head
         from mllm.policy import make_policy
@@ -87,7 +94,11 @@ class Quantize:
         if tune is not None:
             diffusion_head(policy.model)
         config = vla_config(self.bits, None if self.act_bits == 16 else self.act_bits, self.family, tune is not None)
-        config = replace(config, compensate=not self.nearest)
+        least = json_object("--least", self.least)
+        names = [name for name, part in policy.model.named_modules() if isinstance(part, nn.Linear)]
+        if strange := [pattern for pattern in least if not fnmatch.filter(names, pattern)]:
+            raise ConfigurationError(f"--least names '{strange[0]}', which fits no linear layer: those are {names}")
+        config = replace(config, compensate=not self.nearest, least={**least, **config.least})
         facts = {"policy": self.policy, "calibration": self.calibration, "seed": self.seed}
         quantize(policy, config, self.clips(policy), self.check, self.out, facts, self.sensitivity, self.json, tune)
         return 0

@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 from flashvla_ros.cli import main
 from mllm.policy import make_policy
 from mllm.vla_policy import VLAPolicy
+from quant.formats import FloatFormat
 from quant.packed import PackedLinear
 
 
@@ -52,6 +53,15 @@ def test_it_prints_a_row_for_every_layer_and_why_others_were_left(quantize, caps
     assert "error of the pose" in said
 
 
+def test_layers_named_by_least_get_more_bits(quantize, capsys):
+    status, _ = quantize("--act-bits", "4", "--least", '{"*.o_proj": [4, 8]}', "--json")
+    assert status == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    formats = {one["name"]: one["activation"]["format"] for one in layers if ".layers.0." in one["name"]}
+    bits = {name.rsplit(".", 1)[1]: FloatFormat.parse(format).bits for name, format in formats.items()}
+    assert bits == {"qkv_proj": 4, "o_proj": 8, "gate_up_proj": 4, "down_proj": 4}
+
+
 def test_talora_fine_tunes_a_diffusion_head_and_another_is_refused(quantize, tiny_diffusion, capsys):
     options = ("--talora", "--dfa", "--act-bits", "4", "--adapters", "3", "--updates", "12", "--json")
     status, out = quantize(*options, policy=tiny_diffusion)
@@ -75,6 +85,8 @@ def test_talora_fine_tunes_a_diffusion_head_and_another_is_refused(quantize, tin
         (["mini", "--dfa"], "--dfa says how --talora fine-tunes"),
         (["hold"], "policy 'hold' is no model of mllm"),
         (["nowhere"], "no policy is called"),
+        (["--least", '{"*.out_proj": [4, 6]}'], "--least names '*.out_proj', which fits no linear layer"),
+        (["--least", '{"*.o_proj": [4, 5]}'], "is 5: choose one of 4, 6, 8"),
         (["--check", "0"], "--check 0: both must be 1 or more"),
     ],
 )
