@@ -97,7 +97,7 @@ def run_lines(run: Mapping[str, Any]) -> list[str]:
         f"{item['episodes']} episodes of {item['suite']} ({item['source']})" for item in run["demonstrations"]
     )
     started = f" from the weights of `{run['init']}`" if run["init"] else ""
-    keys = ("batch", "seed", "muon_rate", "adamw_rate", "final_rate", "ema", "precision", "change", "phase_weights")
-    keys += ("pointing_weight", "thin_share")
+    keys = ["batch", "seed", "muon_rate", "adamw_rate", "final_rate", "ema", "precision", "change", "phase_weights"]
+    keys += ["pointing_weight", "thin_share"]
     settings = ", ".join(f"{key} {run[key]}" for key in keys if run.get(key) not in (None, "", {}))
     return [f"- `{run['name']}`: {run['step']} steps{started}, on {learned}; {settings}", ""]
