@@ -236,9 +236,12 @@ class SimBridgeNode(Node):
                     )
 
     def _ask(self, client: Any) -> str:
-        """Calls a Trigger service. Returns why it did not succeed, empty when it did."""
+        """Calls a Trigger service. Returns why it did not succeed, empty when it did.
+
+        A server may answer before it has found the client, and its answer is lost: there must be time to ask again.
+        """
         future = client.call_async(Trigger.Request())
-        self._executor.spin_until_future_complete(future, timeout_sec=DISCOVERY_LIMIT)
+        self._executor.spin_until_future_complete(future, timeout_sec=DISCOVERY_LIMIT / 3)
         if not future.done():
             client.remove_pending_request(future)
             return "it does not answer"

@@ -62,13 +62,24 @@ class Probe:
         self.wait(lambda: publisher.get_subscription_count() >= count, what=f"for a subscriber of {publisher.topic}")
 
     def call(self, kind: type, name: str, request: Any, limit: float = 30.0) -> Any:
-        """The answer of a service."""
+        """The answer of a service. A server may answer before it has found the client, and its answer is lost: then it
+        is asked again.
+        """
         client = self.node.create_client(kind, name)
         self.wait(client.service_is_ready, limit, f"for service {name}")
-        future = client.call_async(request)
-        self.wait(future.done, limit, f"for an answer of {name}")
+        asked: list[Any] = []
+        again = 0.0
+
+        def answered() -> Any:
+            nonlocal again
+            if time.monotonic() >= again:
+                asked.append(client.call_async(request))
+                again = time.monotonic() + limit / 3
+            return next((future for future in asked if future.done()), None)
+
+        answer = self.wait(answered, limit, f"for an answer of {name}")
         self.node.destroy_client(client)
-        return future.result()
+        return answer.result()
 
     def close(self) -> None:
         self.node.destroy_node()
