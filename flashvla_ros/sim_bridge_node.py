@@ -238,14 +238,21 @@ class SimBridgeNode(Node):
     def _ask(self, client: Any) -> str:
         """Calls a Trigger service. Returns why it did not succeed, empty when it did.
 
-        A server may answer before it has found the client, and its answer is lost: there must be time to ask again.
+        A server may answer before it has found the client, and its answer is lost: it is asked again, and any answer
+        counts.
         """
-        future = client.call_async(Trigger.Request())
-        self._executor.spin_until_future_complete(future, timeout_sec=DISCOVERY_LIMIT / 3)
-        if not future.done():
+        asked: list[Any] = []
+        for _ in range(3):
+            end = time.monotonic() + DISCOVERY_LIMIT / 3
+            asked.append(client.call_async(Trigger.Request()))
+            while not any(future.done() for future in asked) and time.monotonic() < end:
+                self._executor.spin_once(timeout_sec=0.05)
+            if answer := next((future.result() for future in asked if future.done()), None):
+                break
+        for future in asked:
             client.remove_pending_request(future)
+        if answer is None:
             return "it does not answer"
-        answer = future.result()
         return "" if answer.success else answer.message or "it did not say why"
 
     def _connected(self) -> bool:
