@@ -73,14 +73,14 @@ class Quantize:
     """Print the report as JSON on stdout; everything else goes to stderr."""
 
     def run(self) -> int:
-        import fnmatch
+        from fnmatch import fnmatchcase
 
         from torch import nn
 
         from flashvla_ros.quantize import quantize
         from mllm.diffusion.tune import diffusion_head
         from mllm.policy import make_policy
-        from mllm.quantise import vla_config
+        from mllm.quantise import group_of, vla_config
         from mllm.vla_policy import VLAPolicy
 
         if self.observations < 1 or self.check < 1:
@@ -96,9 +96,10 @@ class Quantize:
         config = vla_config(self.bits, None if self.act_bits == 16 else self.act_bits, self.family, tune is not None)
         least = json_object("--least", self.least)
         names = [name for name, part in policy.model.named_modules() if isinstance(part, nn.Linear)]
-        if strange := [pattern for pattern in least if not fnmatch.filter(names, pattern)]:
-            raise ConfigurationError(f"--least names '{strange[0]}', which fits no linear layer: those are {names}")
-        config = replace(config, compensate=not self.nearest, least={**least, **config.least})
+        if strange := [pattern for pattern in least if not any(fnmatchcase(name, pattern) for name in names)]:
+            known = ", ".join(sorted({group_of(name) for name in names}))
+            raise ConfigurationError(f"--least names '{strange[0]}', which fits no linear layer; there are {known}")
+        config = replace(config, compensate=not self.nearest, least={**config.least, **least})
         facts = {"policy": self.policy, "calibration": self.calibration, "seed": self.seed}
         quantize(policy, config, self.clips(policy), self.check, self.out, facts, self.sensitivity, self.json, tune)
         return 0

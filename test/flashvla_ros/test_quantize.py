@@ -62,6 +62,14 @@ def test_layers_named_by_least_get_more_bits(quantize, capsys):
     assert bits == {"qkv_proj": 4, "o_proj": 8, "gate_up_proj": 4, "down_proj": 4}
 
 
+def test_least_takes_no_bits_from_the_action_head(quantize, tiny_diffusion, capsys):
+    status, _ = quantize("--act-bits", "4", "--least", '{"*": [4, 6]}', "--json", policy=tiny_diffusion)
+    assert status == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    formats = {one["activation"]["format"] for one in layers if one["name"].startswith("action_head.")}
+    assert {FloatFormat.parse(format).bits for format in formats} == {8}
+
+
 def test_talora_fine_tunes_a_diffusion_head_and_another_is_refused(quantize, tiny_diffusion, capsys):
     options = ("--talora", "--dfa", "--act-bits", "4", "--adapters", "3", "--updates", "12", "--json")
     status, out = quantize(*options, policy=tiny_diffusion)
