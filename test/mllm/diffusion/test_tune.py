@@ -24,7 +24,7 @@ from quant.packed import PackedLinear  # noqa: E402
 from quant.talora import Copies, TaloraConfig  # noqa: E402
 
 STEPS = 4
-TUNE = TuneConfig(TaloraConfig(2, 2), DistilConfig(60, batch=16), dfa=True)
+TUNE = TuneConfig(TaloraConfig(2, 2), DistilConfig(60, batch=64, rate=3e-3), dfa=True)
 
 
 @pytest.fixture(scope="module")
