@@ -6,6 +6,7 @@ rclpy first of all, happen inside `run`, so that `--help` is quick and needs no 
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -328,6 +329,18 @@ class Record:
 
 def main(args: list[str] | None = None) -> int:
     """Entry point of the `flashvla` script."""
+    try:
+        try:
+            return _main(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads what is printed any more, as after `| head`. Python would try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(args: list[str] | None) -> int:
     command: Any = tyro.extras.subcommand_cli_from_dict(
         {
             **{"demo": Demo, "up": Up, "serve": Serve, "bench": Bench, "record": Record},

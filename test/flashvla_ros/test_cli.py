@@ -196,3 +196,11 @@ def test_overrides_are_yaml_by_node_and_parameter():
 def test_malformed_override_is_refused(setting):
     with pytest.raises(ConfigurationError, match="--set"):
         parse_overrides((setting,))
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([*FLASHVLA, "--help"], stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, b"")
