@@ -334,8 +334,11 @@ def main(args: list[str] | None = None) -> int:
             return _main(args)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads what is printed any more, as after `| head`. Python would try to write the rest when it ends.
+    except OSError as error:
+        # Of what is printed alone: `_main` answers for the rest. After `| head` nobody reads it, and nothing is wrong.
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"flashvla: cannot print the rest: {error}\n")
+        # Python would try again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

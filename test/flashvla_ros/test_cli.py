@@ -204,3 +204,10 @@ def test_output_that_nobody_reads_is_no_traceback():
     result = subprocess.run([*FLASHVLA, "--help"], stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
     os.close(write)
     assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_output_that_a_full_disk_does_not_take_is_one_line():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*FLASHVLA, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr == b"flashvla: cannot print the rest: [Errno 28] No space left on device\n"
