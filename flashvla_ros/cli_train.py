@@ -110,25 +110,27 @@ class Card:
 
     checkpoint: tyro.conf.Positional[Path]
     """Folder that `flashvla ship` wrote."""
-    results: tuple[Path, ...]
-    """Runs of `flashvla eval`, one or several."""
-    blind: Path | None = None
+    results: tuple[str, ...]
+    """Runs of `flashvla eval`, one or several; of a sweep, FILE:ARM."""
+    blind: str | None = None
     """Such a run with --policy blind."""
-    misled: Path | None = None
+    misled: str | None = None
     """Such a run with --policy misled."""
-    shuffled: Path | None = None
+    shuffled: str | None = None
     """Such a run with --draw shuffled."""
 
     def run(self) -> int:
         from sim.card import write_card
+        from sim.statistics import Side
 
         taken = {
             "nothing, but any object is asked for (shuffled starts)": self.shuffled,
             "sight (grey images)": self.blind,
             "the instruction (about something else in the scene)": self.misled,
         }
-        ablations = {name: path for name, path in taken.items() if path is not None}
-        sys.stdout.write(f"{write_card(self.checkpoint, self.results, ablations)}\n")
+        ablations = {name: Side.parse(run) for name, run in taken.items() if run is not None}
+        results = [Side.parse(run) for run in self.results]
+        sys.stdout.write(f"{write_card(self.checkpoint, results, ablations)}\n")
         return 0
 
 

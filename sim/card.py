@@ -11,21 +11,21 @@ from mllm.hf_config import load_config
 from mllm.training.ship import CURVES, read_history
 from sim.errors import ConfigurationError
 from sim.results import EpisodeResult, RunFile
-from sim.statistics import wilson
+from sim.statistics import Side, wilson
 
 # What of a result's provenance a reader needs to get the same.
 SHOWN = ("git_commit", "mujoco", "robosuite", "libero", "torch", "numpy", "python", "cpu", "renderer", "stepper")
 
 
-def write_card(checkpoint: Path, results: Sequence[Path], ablations: Mapping[str, Path]) -> Path:
+def write_card(checkpoint: Path, results: Sequence[Side], ablations: Mapping[str, Side]) -> Path:
     """Writes README.md into the checkpoint's folder and returns its path.
 
-    results: runs of `flashvla eval` with this checkpoint.  ablations: what was taken away -> such a run.
+    results: runs with this checkpoint as it is.  ablations: what was taken away -> such a run.
     Raises ConfigurationError: a run is empty.
     """
     config = load_config(checkpoint)
     runs = read_history(checkpoint)
-    played = [(path.stem, episodes(path)) for path in results]
+    played = [episodes(side) for side in results]
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     lines = [
         f"# {checkpoint.name}",
@@ -40,12 +40,12 @@ def write_card(checkpoint: Path, results: Sequence[Path], ablations: Mapping[str
         "Official initial states that neither training nor the choice of a checkpoint has seen, under OpenVLA's "
         "protocol. Intervals are Wilson's, at 95 %.",
         "",
-        *[line for _, found in played for line in success_table(found)],
+        *[line for found in played for line in success_table(found)],
     ]
     if ablations:
         lines += ["## What it depends on", "", "| taken away | n | success | 95 % |", "|---|---|---|---|"]
-        for name, path in ablations.items():
-            found = episodes(path)
+        for name, side in ablations.items():
+            found = episodes(side)
             for suite in sorted({episode.key.suite for episode in found}):
                 own = [episode for episode in found if episode.key.suite == suite]
                 lines.append(f"| {name}, {suite} | {row(own)} |")
@@ -55,18 +55,18 @@ def write_card(checkpoint: Path, results: Sequence[Path], ablations: Mapping[str
         lines += run_lines(run)
     if (checkpoint / CURVES).is_file():
         lines += [f"![curves of the last run]({CURVES})", ""]
-    facts = played[0][1][0].provenance
+    facts = played[0][0].provenance
     lines += ["## Made with", "", *(f"- {name}: {facts[name]}" for name in SHOWN if facts.get(name)), ""]
     path = checkpoint / "README.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def episodes(path: Path) -> list[EpisodeResult]:
-    with RunFile(path) as run:
-        found = list(run.episodes())
+def episodes(side: Side) -> list[EpisodeResult]:
+    with RunFile(side.path) as run:
+        found = list(run.episodes(side.variant))
     if not found:
-        raise ConfigurationError(f"{path} holds no episode: evaluate first")
+        raise ConfigurationError(f"{side.path} holds no episode: evaluate first")
     return found
 
 

@@ -13,16 +13,16 @@ from mllm.checkpoint import write_json
 from sim.card import write_card
 from sim.errors import ConfigurationError
 from sim.results import EpisodeKey, EpisodeResult, RunFile
-from sim.statistics import wilson
+from sim.statistics import Side, wilson
 
 
-def run_of(path, outcomes):
+def run_of(path, outcomes, variant=""):
     with RunFile(path, write=True) as run:
-        run.configure("", {"policy": {"name": "mini"}})
+        run.configure(variant, {"policy": {"name": "mini"}})
         for state, outcome in enumerate(outcomes):
             run.add(
                 EpisodeResult(
-                    key=EpisodeKey("libero_spatial", state % 2, state, 0),
+                    key=EpisodeKey("libero_spatial", state % 2, state, 0, variant),
                     language="put the bowl somewhere",
                     outcome=outcome,
                     steps=3,
@@ -34,7 +34,7 @@ def run_of(path, outcomes):
                     error="a traceback" if outcome == "error" else None,
                 )
             )
-    return path
+    return Side(path, variant)
 
 
 def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
@@ -55,6 +55,7 @@ def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
         },
     )
     results = run_of(tmp_path / "main.sqlite", ["success", "success", "failure", "success", "error", "success"])
+    run_of(tmp_path / "main.sqlite", ["failure"] * 6, "another arm of the same file")
     blind = run_of(tmp_path / "blind.sqlite", ["failure"] * 4)
     text = write_card(tiny, [results], {"sight": blind}).read_text()
     low, high = (round(100 * bound) for bound in wilson(4, 5))
