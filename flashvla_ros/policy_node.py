@@ -25,6 +25,7 @@ from flashvla_ros.messages import (
     gripper_message,
     read_compressed,
     read_image,
+    read_joints,
     read_pose,
     stamp_ns,
     to_stamp,
@@ -263,26 +264,18 @@ class PolicyNode(LifecycleNode):
         self._display.overlay(step, observation, stamp, frames if p.overlay else {})
 
     def _observation(self, stamp: int, messages: dict[str, Any]) -> Observation:
-        images, proprio = {}, {}
+        p, images, proprio = self._params.value, {}, {}
         for name, message in messages.items():
             kind, _, camera = name.partition(":")
             if kind == "image":
                 read = read_compressed if isinstance(message, CompressedImage) else read_image
                 images[camera] = read(message)
             elif kind == "eef_pose":
-                proprio["eef_pos"], proprio["eef_quat"] = read_pose(message)
+                proprio["eef_pos"], proprio["eef_quat"] = read_pose(message, p.frame_id)
             else:
-                proprio["joint_pos"] = self._positions(message, self._params.value.arm_joints)
-                proprio["gripper_qpos"] = self._positions(message, self._params.value.gripper_joints)
+                proprio["joint_pos"] = read_joints(message, p.arm_joints)
+                proprio["gripper_qpos"] = read_joints(message, p.gripper_joints)
         return Observation(images=images, proprio=proprio, stamp=stamp * 1e-9)
-
-    @staticmethod
-    def _positions(message: JointState, names: tuple[str, ...]) -> np.ndarray:
-        positions = dict(zip(message.name, message.position, strict=False))
-        missing = [name for name in names if name not in positions]
-        if missing:
-            raise MessageError(f"joint states lack {', '.join(missing)}; they have {', '.join(message.name)}")
-        return np.array([positions[name] for name in names])
 
     def _on_error(self, error: Exception) -> None:
         if isinstance(error, MessageError):

@@ -37,7 +37,9 @@ class PolicyParameters:
         ("agentview=agentview/image_raw",), "NAME=TOPIC of every camera; the policy sees the images under these names"
     )
     image_transport: str = param("raw", "raw (sensor_msgs/Image) or compressed (sensor_msgs/CompressedImage)")
-    eef_pose_topic: str = param("", "end-effector pose (geometry_msgs/PoseStamped) to observe; empty = none")
+    eef_pose_topic: str = param(
+        "", "end-effector pose (geometry_msgs/PoseStamped, in frame_id) to observe; empty = none"
+    )
     joint_states_topic: str = param("", "joint states (sensor_msgs/JointState) to observe; empty = none")
     arm_joints: tuple[str, ...] = param(
         tuple(f"panda_joint{i}" for i in range(1, 8)), "names in joint_states, in order"
@@ -56,7 +58,7 @@ class PolicyParameters:
         "the policy reuses nothing that came before; empty = no gate",
     )
     max_opening: float = param(0.08, "m; widest gripper opening, what gripper -1 stands for")
-    frame_id: str = param("world", "frame of the commands; the policy's action frame must be this one")
+    frame_id: str = param("world", "frame of the commands and of the pose; the policy's action frame must be this one")
     overlay: bool = param(
         True,
         "publish ~/overlay/CAMERA (sensor_msgs/Image): what the policy looked at, and whether it reused; drawn only "

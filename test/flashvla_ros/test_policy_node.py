@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray
-from geometry_msgs.msg import TwistStamped
+from geometry_msgs.msg import PoseStamped, TwistStamped
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.srv import SetParameters
@@ -18,7 +18,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from flashvla_ros.diagnostics import ERROR, values_of
-from flashvla_ros.messages import compressed_message, image_message, read_twist, stamp_ns
+from flashvla_ros.messages import compressed_message, image_message, pose_message, read_twist, stamp_ns
 from flashvla_ros.qos import LATCHED
 
 THIRD_PARTY = '''
@@ -221,6 +221,32 @@ def test_unusable_images_are_refused_and_counted_and_the_next_is_answered(ros, n
         camera.show(message=message)
         ros.wait(lambda count=count: values_of(camera.diagnostics[-1].status[0])["refused"] == str(count))
     stamp = camera.show()
+    camera.answered(1)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp
+
+
+def test_states_that_are_not_finite_or_in_another_frame_are_refused_and_the_next_are_answered(ros, nodes, third_party):
+    camera = Camera(ros, nodes, eef_pose_topic="eef_pose", joint_states_topic="joint_states")
+    poses = ros.node.create_publisher(PoseStamped, "/eef_pose", 10)
+    joints = ros.node.create_publisher(JointState, "/joint_states", 10)
+    ros.connected(poses)
+    ros.connected(joints)
+    camera.ready()
+    names = [*(f"panda_joint{i}" for i in range(1, 8)), "panda_finger_joint1", "panda_finger_joint2"]
+
+    def observe(x=0.4, finger=0.04, frame="world"):
+        stamp = ros.node.get_clock().now().to_msg()
+        message = JointState(name=names, position=[0.1] * 7 + [finger] * 2)
+        message.header.stamp = stamp
+        poses.publish(pose_message(np.array([x, 0, 0.9]), np.array([0, 0, 0, 1]), stamp, frame))
+        joints.publish(message)
+        return camera.show(message=image_message(np.zeros((4, 4, 3), np.uint8), stamp, "front"))
+
+    for count, spoil in enumerate(({"x": np.nan}, {"finger": np.inf}, {"frame": "base_link"}), 1):
+        observe(**spoil)
+        camera.counted("refused", count)
+    assert "publish it in 'world'" in nodes.output()
+    stamp = observe()
     camera.answered(1)
     assert stamp_ns(camera.twists[0].header.stamp) == stamp
 
