@@ -8,8 +8,10 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -57,6 +59,7 @@ class PolicyNode(LifecycleNode):
         self._answered = self._reused = self._refused = self._corrected = 0
         self._reasons: Counter[str | None] = Counter()
         self._latency = Window()
+        self._opening: float | None = None  # m, the last one proposed; None: the robot stands still
         self._inputs: list[Any] = []
         # Before the cameras: when both wait, an executor serves an instruction before the frames that follow it.
         self.create_subscription(String, p.instruction_topic, self._on_instruction, LATCHED)
@@ -126,14 +129,16 @@ class PolicyNode(LifecycleNode):
         return super().on_shutdown(state)
 
     def close(self) -> None:
-        """The last proposal is to stand still."""
+        """The last proposal is to stand still, and it has arrived before the process goes."""
         self._stand_still()
+        self._twists.wait_for_all_acked(Duration(seconds=1))
         self._unload()
 
     def _stand_still(self) -> None:
         def last_word() -> None:
-            stamp, zero = self.get_clock().now().to_msg(), np.zeros(3)
-            self._twists.publish(twist_message(zero, zero, stamp, self._params.value.frame_id))
+            if self._opening is not None:
+                self._propose(np.zeros(3), np.zeros(3), self._opening, self.get_clock().now().to_msg())
+            self._opening = None
 
         if self._inference is not None:
             self._inference.deactivate(last_word)
@@ -229,11 +234,7 @@ class PolicyNode(LifecycleNode):
         linear, angular, opening = action_to_twist(action, policy.action_spec, p.max_opening)
         stamp = to_stamp(work[0])
 
-        def publish() -> None:
-            self._grippers.publish(gripper_message(opening, stamp))
-            self._twists.publish(twist_message(linear, angular, stamp, p.frame_id))
-
-        if not inference.while_active(publish):
+        if not inference.while_active(lambda: self._propose(linear, angular, opening, stamp)):
             return
         self._answered += 1
         self._latency.add(acted - started)
@@ -252,6 +253,12 @@ class PolicyNode(LifecycleNode):
             self._show(step, observation, linear / policy.action_spec.control_freq, work)
         except Exception as error:  # what cannot be drawn must not stop the robot
             self.get_logger().error(f"a step cannot be shown: {describe(error)}", throttle_duration_sec=5.0)
+
+    def _propose(self, linear: np.ndarray, angular: np.ndarray, opening: float, stamp: Time) -> None:
+        """linear: (3,) m/s; angular: (3,) rad/s; opening: m. Both halves, because a gate obeys no single one."""
+        self._opening = opening
+        self._grippers.publish(gripper_message(opening, stamp))
+        self._twists.publish(twist_message(linear, angular, stamp, self._params.value.frame_id))
 
     def _show(
         self, step: ActionStep, observation: Observation, displacement: np.ndarray, work: tuple[int, dict[str, Any]]

@@ -120,6 +120,14 @@ def change_state(ros, transition):
     return ros.call(ChangeState, "/policy/change_state", request).success
 
 
+def start_gate(ros, nodes, **parameters):
+    """A real gate behind the policy, which no silence stops."""
+    patient = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0, "max_observation_age": 30.0}
+    nodes.start("robot", only=("command_gate",), command_gate={**patient, **parameters})
+    for topic in ("/policy/command", "/policy/gripper_command"):
+        ros.wait(lambda topic=topic: ros.node.count_subscribers(topic) >= 2)
+
+
 def test_command_answers_the_image_and_carries_its_stamp(ros, nodes, third_party):
     camera = Camera(ros, nodes).ready()
     stamp = camera.show(brightness=51)
@@ -185,6 +193,39 @@ def test_sigterm_proposes_to_stand_still_last_and_ends_with_status_0(ros, nodes,
     ros.drain()
     assert process.returncode == 0
     assert not np.any(read_twist(camera.twists[-1]))
+
+
+@pytest.mark.parametrize("end", ["deactivate", "sigterm"])
+def test_the_last_command_stands_still_at_once_behind_the_gate_too(ros, nodes, third_party, end):
+    camera = Camera(ros, nodes)
+    commands, grippers = ros.listen(TwistStamped, "/command"), ros.listen(JointState, "/gripper_command")
+    start_gate(ros, nodes, max_translation=10.0, max_linear_speed=1000.0)
+    camera.ready()
+
+    def moves() -> bool:
+        camera.show(brightness=10)
+        ros.drain()
+        return bool(commands and grippers)
+
+    ros.wait(moves)
+    ros.drain()
+    assert np.any(read_twist(commands[-1]))
+    if end == "deactivate":
+        assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
+    else:
+        camera.group.processes["policy"].send_signal(signal.SIGTERM)
+    ros.wait(lambda: not np.any(read_twist(commands[-1])), 10, "for the stop")
+    ros.wait(lambda: camera.grippers[-1].header.stamp == camera.twists[-1].header.stamp)
+    assert camera.grippers[-1].position == camera.grippers[0].position
+
+
+def test_a_policy_that_commanded_nothing_has_no_last_word(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE):
+        assert change_state(ros, transition)
+    stamp = camera.show()
+    camera.answered(1)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp
 
 
 def test_error_of_the_policy_stops_commands_until_a_reset(ros, nodes, third_party):
@@ -323,13 +364,9 @@ def test_after_a_new_instruction_or_a_reset_nothing_is_reused(ros, nodes, third_
 def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, third_party):
     camera = Camera(ros, nodes, reuse="paper")
     # The n-th action of this policy that was not reused is 0.5 n mm long: the fourth is the first over the limit.
-    gate = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0, "max_observation_age": 30.0}
-    limits = {"max_translation": 0.0019, "max_linear_speed": 100.0}
-    nodes.start("robot", only=("command_gate",), command_gate={**gate, **limits})
     decisions = ros.listen(DiagnosticArray, "/command_gate/decision")
+    start_gate(ros, nodes, max_translation=0.0019, max_linear_speed=100.0)
     ros.wait(lambda: ros.node.count_subscribers("/command_gate/decision") >= 2)
-    ros.wait(lambda: ros.node.count_subscribers("/policy/command") >= 2)
-    ros.wait(lambda: ros.node.count_subscribers("/policy/gripper_command") >= 2)
     camera.ready()
     assert camera.done(5) == "ccrcc"
     ros.wait(lambda: decisions and decisions[-1].status[0].message == "clamped")  # the first may have come too early
