@@ -56,7 +56,7 @@ class PolicyNode(LifecycleNode):
         self._inference: Inference | None = None
         self._instruction = p.instruction
         self._load_error = ""
-        self._answered = self._reused = self._refused = self._corrected = 0
+        self._answered = self._reused = self._refused = self._corrected = self._pauses = 0
         self._reasons: Counter[str | None] = Counter()
         self._latency = Window()
         self._opening: float | None = None  # m, the last one proposed; None: the robot stands still
@@ -103,7 +103,7 @@ class PolicyNode(LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         self._load_error = ""
         self._display.begin(getattr(self._policy, "layout", None))
-        self._inference = Inference(self._policy, self._answer, self._on_error, self._display.clear)
+        self._inference = Inference(self._policy, self._answer, self._on_error, self._on_begin, p.max_pause)
         if self._instruction:
             self._inference.reset(self._instruction)
         self._subscribe()
@@ -173,7 +173,7 @@ class PolicyNode(LifecycleNode):
     def _on_input(self, name: str, message: Any) -> None:
         matched = self._sync.add(name, stamp_ns(message.header.stamp), message)
         if matched is not None and self._inference is not None:
-            self._inference.offer(matched)
+            self._inference.offer(matched, matched[0])
 
     def _on_instruction(self, message: String) -> None:
         self._instruction = message.data
@@ -284,6 +284,12 @@ class PolicyNode(LifecycleNode):
                 proprio["gripper_qpos"] = read_joints(message, p.gripper_joints)
         return Observation(images=images, proprio=proprio, stamp=stamp * 1e-9)
 
+    def _on_begin(self, pause: str) -> None:
+        self._display.clear()
+        if pause:
+            self._pauses += 1
+            self.get_logger().warning(f"the policy starts anew: {pause}", throttle_duration_sec=5.0)
+
     def _on_error(self, error: Exception) -> None:
         if isinstance(error, MessageError):
             self._refused += 1
@@ -304,6 +310,7 @@ class PolicyNode(LifecycleNode):
             "unmatched": self._sync.unmatched if inference else 0,
             "refused": self._refused,
             "corrected": self._corrected,
+            "pauses": self._pauses,
             "instruction": self._instruction,
             **self._latency.summary("latency"),
         }

@@ -46,6 +46,11 @@ class PolicyParameters:
     )
     gripper_joints: tuple[str, ...] = param(("panda_finger_joint1", "panda_finger_joint2"), "names in joint_states")
     sync_slop: float = param(0.02, "s; inputs of one observation may differ by this much in time")
+    max_pause: float = param(
+        1.0,
+        "s between two observations that the policy answers; after a longer pause, and where stamps go back, it starts "
+        "anew in place of carrying out what it had planned; must be above its latency",
+    )
     image_qos: str = param("best_effort depth=2", "QoS of the cameras")
     state_qos: str = param("reliable depth=10", "QoS of pose and joint states")
     instruction_topic: str = param("instruction", "task in words (std_msgs/String, transient local); resets the policy")
@@ -74,7 +79,7 @@ class PolicyParameters:
     display_qos: str = param("reliable depth=2", "QoS of overlays and markers")
 
     def __post_init__(self) -> None:
-        require_positive(self, "sync_slop", "max_opening")
+        require_positive(self, "sync_slop", "max_pause", "max_opening")
         transports = ("raw", "compressed")
         require(self.image_transport in transports, "image_transport", self.image_transport, " or ".join(transports))
         require(len(self.cameras) > 0, "cameras", self.cameras, "at least one NAME=TOPIC")

@@ -18,7 +18,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from flashvla_ros.diagnostics import ERROR, values_of
-from flashvla_ros.messages import compressed_message, image_message, pose_message, read_twist, stamp_ns
+from flashvla_ros.messages import compressed_message, image_message, pose_message, read_twist, stamp_ns, to_stamp
 from flashvla_ros.qos import LATCHED
 
 THIRD_PARTY = '''
@@ -161,6 +161,19 @@ def test_new_instruction_resets_the_policy(ros, nodes, third_party):
     assert camera.answered(3)[1] == pytest.approx(0.01)
 
 
+def test_after_a_pause_the_policy_starts_anew_and_the_node_says_so(ros, nodes, third_party):
+    camera = Camera(ros, nodes, max_pause=2.0).ready()
+    start = stamp_ns(ros.node.get_clock().now().to_msg())
+    sideways = []
+    for count, seconds in enumerate((0.0, 2.0, 4.1, 4.2), 1):
+        stamp = to_stamp(start + int(seconds * 1e9))
+        camera.show(message=image_message(np.zeros((4, 4, 3), np.uint8), stamp, "front"))
+        sideways.append(camera.answered(count)[1])
+    assert sideways == pytest.approx([0.01, 0.02, 0.01, 0.02])
+    camera.counted("pauses", 1)
+    assert "the policy starts anew: no observation was answered for 2.100 s" in nodes.output()
+
+
 def test_lifecycle_transitions_start_and_stop_commands_and_the_last_one_is_zero(ros, nodes, third_party):
     camera = Camera(ros, nodes, autostart=False)
     assert change_state(ros, Transition.TRANSITION_CONFIGURE)
@@ -177,6 +190,7 @@ def test_lifecycle_transitions_start_and_stop_commands_and_the_last_one_is_zero(
     stamp = camera.show(brightness=0)
     ros.wait(lambda: len(camera.twists) == 3)
     assert not np.any(read_twist(camera.twists[1]))
+    assert read_twist(camera.twists[2])[0][1] == pytest.approx(0.01)  # the first step since a reset
     assert stamp_ns(camera.twists[2].header.stamp) == stamp  # the image shown while inactive was not answered
     assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
     assert change_state(ros, Transition.TRANSITION_CLEANUP)
