@@ -42,6 +42,8 @@ class Inference:
         self._forget = False  # a command was not carried out as proposed
         self._asked: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._ready = False  # the policy was reset with an instruction
+        self._generation = 0  # a step that began before the newest reset, activation or deactivation is void
+        self._began_in = 0  # the generation of the step that the thread is in
         self._active = False
         self._ended = False
         self.fault = ""
@@ -64,6 +66,7 @@ class Inference:
     def reset(self, instruction: str) -> None:
         """Asks for a reset: it happens before any observation offered later is answered, and clears a fault."""
         with self._changed:
+            self._generation += 1
             self._instruction, self._reset_wanted = instruction, True
             self._work, self._ready, self.fault = None, False, ""
             self._changed.notify_all()
@@ -104,16 +107,20 @@ class Inference:
     def deactivate(self, last_word: Callable[[], None]) -> None:
         """Answers nothing any more. If it was active, `last_word` is the last thing published."""
         with self._changed:
+            self._generation += 1
             was_active, self._active, self._work = self._active, False, None
             if was_active:
                 last_word()
 
-    def while_active(self, publish: Callable[[], None]) -> bool:
-        """Calls `publish` unless deactivated meanwhile, so that nothing follows the last word."""
+    def while_valid(self, publish: Callable[[], None]) -> bool:
+        """For `answer`: calls `publish` unless deactivated or reset since the step began, so that nothing follows the
+        last word and no command carries out an old instruction. Returns whether it did.
+        """
         with self._changed:
-            if self._active:
+            valid = self._active and self._began_in == self._generation
+            if valid:
                 publish()
-            return self._active
+            return valid
 
     def end(self, limit: float) -> None:
         """Ends the thread, waiting at most `limit` s for the step it is in."""
@@ -132,6 +139,7 @@ class Inference:
                 self._changed.wait_for(self._has_something_to_do)
                 if self._ended:
                     return
+                self._began_in = self._generation
                 asked, self._asked = self._asked, deque()
                 instruction, reset = self._instruction, self._reset_wanted
                 work = self._work if self._ready else None
@@ -159,11 +167,12 @@ class Inference:
                 self._on_error(error)
             except Exception as error:  # a policy's error must stop the robot, not the node
                 with self._changed:
-                    self._ready, self.fault = False, f"policy failed: {type(error).__name__}: {error}"
+                    if self._began_in == self._generation:
+                        self._ready, self.fault = False, f"policy failed: {type(error).__name__}: {error}"
                 self._on_error(error)
             if reset:
                 with self._changed:
-                    if self._instruction is instruction:  # not asked again meanwhile
+                    if self._began_in == self._generation:  # not asked again meanwhile
                         self._reset_wanted, self._ready = False, not self.fault
                     self._changed.notify_all()
 

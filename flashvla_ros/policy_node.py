@@ -234,7 +234,7 @@ class PolicyNode(LifecycleNode):
         linear, angular, opening = action_to_twist(action, policy.action_spec, p.max_opening)
         stamp = to_stamp(work[0])
 
-        if not inference.while_active(lambda: self._propose(linear, angular, opening, stamp)):
+        if not inference.while_valid(lambda: self._propose(linear, angular, opening, stamp)):
             return
         self._answered += 1
         self._latency.add(acted - started)

@@ -141,6 +141,60 @@ def test_an_observation_that_is_refused_does_not_end_a_pause(policy, inference):
     assert policy.heard == ["go", "act", "go", "act"]
 
 
+class InFlight:
+    """A step that the policy is in until `end` is called; published: what it commanded after that."""
+
+    def __init__(self, inference: Inference, error: Exception | None = None) -> None:
+        self.published: list[str] = []
+        self._inference, self._error = inference, error
+        self._begun, self._go_on = threading.Event(), threading.Event()
+        inference.offer(self._work, 0)
+        assert self._begun.wait(10)
+
+    def _work(self) -> None:
+        self._begun.set()
+        assert self._go_on.wait(10)
+        if self._error:
+            raise self._error
+        self._inference.while_valid(lambda: self.published.append("command"))
+
+    def end(self) -> None:
+        self._go_on.set()
+        self._inference.ask(lambda: None, 10)
+
+
+def again(inference: Inference) -> None:
+    inference.deactivate(lambda: None)
+    inference.activate()
+
+
+@pytest.mark.parametrize("interrupt", [lambda i: i.reset("go"), lambda i: i.reset("stop"), again])
+def test_a_step_in_flight_commands_nothing_after_a_reset_an_instruction_or_an_activation(inference, interrupt):
+    started(inference)
+    step = InFlight(inference)
+    interrupt(inference)
+    step.end()
+    assert inference.wait_until_reset(10)
+    assert not step.published
+    step = InFlight(inference)
+    step.end()
+    assert step.published == ["command"]
+
+
+@pytest.mark.parametrize("interrupt", [lambda i: i.reset("go"), again])
+def test_an_error_of_a_step_in_flight_is_none_of_the_episode_that_began_meanwhile(policy, inference, interrupt):
+    started(inference)
+    step = InFlight(inference, RuntimeError("of the last episode"))
+    interrupt(inference)
+    step.end()
+    assert inference.wait_until_reset(10)
+    assert not inference.fault
+    answer(inference, lambda: policy.note("act"), 0)
+    assert policy.heard == ["go", "go", "act"]
+    InFlight(inference, RuntimeError("of this one")).end()
+    assert inference.fault == "policy failed: RuntimeError: of this one"
+
+
 def test_who_watches_is_told_of_each_reset_after_the_policy_and_in_its_thread(policy):
     inference = Inference(
         policy, lambda work: work(), lambda error: None, lambda pause: policy.note(f"watched{pause}"), 1.0
