@@ -68,7 +68,7 @@ class PolicyNode(LifecycleNode):
         if p.decision_topic:
             self.create_subscription(DiagnosticArray, p.decision_topic, self._on_decision, command_qos)
         self._twists = self.create_publisher(TwistStamped, p.twist_topic, command_qos)
-        self._grippers = self.create_publisher(JointState, p.gripper_topic, command_qos)
+        self._grippers = self.create_publisher(JointState, p.gripper_topic, command_qos) if p.gripper_topic else None
         self._steps = self.create_publisher(DiagnosticArray, "~/step", command_qos)
         self._display = Display(self, p.camera_names(), parse_qos(p.display_qos, "display_qos"))
         self._image_qos = parse_qos(p.image_qos, "image_qos")
@@ -203,7 +203,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Starts an episode: on success, the policy has forgotten the last one and its commands are received."""
-        lonely = [p.topic_name for p in (self._twists, self._grippers) if not p.get_subscription_count()]
+        lonely = [p.topic_name for p in (self._twists, self._grippers) if p and not p.get_subscription_count()]
         if self._inference is None or not self._inference.active:
             response.success, response.message = False, "not active"
         elif lonely:
@@ -257,7 +257,8 @@ class PolicyNode(LifecycleNode):
     def _propose(self, linear: np.ndarray, angular: np.ndarray, opening: float, stamp: Time) -> None:
         """linear: (3,) m/s; angular: (3,) rad/s; opening: m. Both halves, because a gate obeys no single one."""
         self._opening = opening
-        self._grippers.publish(gripper_message(opening, stamp))
+        if self._grippers is not None:
+            self._grippers.publish(gripper_message(opening, stamp))
         self._twists.publish(twist_message(linear, angular, stamp, self._params.value.frame_id))
 
     def _show(

@@ -55,7 +55,10 @@ class PolicyParameters:
     state_qos: str = param("reliable depth=10", "QoS of pose and joint states")
     instruction_topic: str = param("instruction", "task in words (std_msgs/String, transient local); resets the policy")
     twist_topic: str = param("policy/command", "proposed twist (geometry_msgs/TwistStamped)")
-    gripper_topic: str = param("policy/gripper_command", "proposed gripper opening (sensor_msgs/JointState, m)")
+    gripper_topic: str = param(
+        "policy/gripper_command",
+        "proposed gripper opening (sensor_msgs/JointState, m); empty = a robot without gripper, also for the gate",
+    )
     command_qos: str = param("reliable depth=10", "QoS of the proposed commands")
     decision_topic: str = param(
         "command_gate/decision",

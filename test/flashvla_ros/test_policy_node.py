@@ -71,9 +71,9 @@ class Camera:
         self.images = ros.node.create_publisher(Image, "/image_raw", 10)
         self.instructions = ros.node.create_publisher(String, "/instruction", LATCHED)
 
-    def ready(self, instruction="stack the cubes"):
+    def ready(self, instruction="stack the cubes", topics=("command", "gripper_command", "step")):
         self.ros.connected(self.images)
-        for topic in ("/policy/command", "/policy/gripper_command", "/policy/step"):
+        for topic in (f"/policy/{name}" for name in topics):
             self.ros.wait(lambda topic=topic: self.ros.node.count_publishers(topic))
         if instruction:
             self.instructions.publish(String(data=instruction))
@@ -120,11 +120,11 @@ def change_state(ros, transition):
     return ros.call(ChangeState, "/policy/change_state", request).success
 
 
-def start_gate(ros, nodes, **parameters):
+def start_gate(ros, nodes, topics=("command", "gripper_command"), **parameters):
     """A real gate behind the policy, which no silence stops."""
     patient = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0, "max_observation_age": 30.0}
     nodes.start("robot", only=("command_gate",), command_gate={**patient, **parameters})
-    for topic in ("/policy/command", "/policy/gripper_command"):
+    for topic in (f"/policy/{name}" for name in topics):
         ros.wait(lambda topic=topic: ros.node.count_subscribers(topic) >= 2)
 
 
@@ -231,6 +231,24 @@ def test_the_last_command_stands_still_at_once_behind_the_gate_too(ros, nodes, t
     ros.wait(lambda: not np.any(read_twist(commands[-1])), 10, "for the stop")
     ros.wait(lambda: camera.grippers[-1].header.stamp == camera.twists[-1].header.stamp)
     assert camera.grippers[-1].position == camera.grippers[0].position
+
+
+def test_a_robot_without_gripper_is_reset_commanded_and_stopped(ros, nodes, third_party):
+    camera = Camera(ros, nodes, gripper_topic="")
+    commands = ros.listen(TwistStamped, "/command")
+    start_gate(ros, nodes, ["command"], proposed_gripper_topic="", max_translation=10.0, max_linear_speed=1e3)
+    camera.ready(topics=["command", "step"])
+
+    def moves() -> bool:
+        camera.show(brightness=10)
+        ros.drain()
+        return bool(commands)
+
+    ros.wait(moves)
+    assert np.any(read_twist(commands[-1]))
+    assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
+    ros.wait(lambda: not np.any(read_twist(commands[-1])), 10, "for the stop")
+    assert not ros.node.count_publishers("/policy/gripper_command")
 
 
 def test_a_policy_that_commanded_nothing_has_no_last_word(ros, nodes, third_party):
