@@ -12,6 +12,7 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.duration import Duration
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -86,7 +87,7 @@ class PolicyNode(LifecycleNode):
                 raise ConfigurationError(f"node '{self.get_name()}' cannot start: {self._load_error or 'see its log'}")
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Loads the policy and warms it up."""
+        """Loads the policy, warms it up and subscribes to its inputs."""
         p = self._params.value
         try:
             self._policy = make_policy(p.policy, **p.options())
@@ -96,17 +97,18 @@ class PolicyNode(LifecycleNode):
             warm_up = getattr(self._policy, "warm_up", None)
             if warm_up is not None:
                 warm_up()
-        except Exception as error:  # whatever a third party's policy raises, the node lives and says so
-            self._load_error = f"policy '{p.policy}' cannot be loaded: {error}"
-            expected = isinstance(error, PolicyError)
+            self._display.begin(getattr(self._policy, "layout", None))
+            self._inference = Inference(self._policy, self._answer, self._on_error, self._on_begin, p.max_pause)
+            if self._instruction:
+                self._inference.reset(self._instruction)
+            self._subscribe()
+        except Exception as error:  # rclpy drops it without a word; whatever was raised, the node lives and says so
+            self._load_error = f"cannot be configured with policy '{p.policy}': {error}"
+            expected = isinstance(error, (PolicyError, InvalidTopicNameException))
             self.get_logger().error(self._load_error if expected else describe(error))
+            self._unload()
             return TransitionCallbackReturn.FAILURE
         self._load_error = ""
-        self._display.begin(getattr(self._policy, "layout", None))
-        self._inference = Inference(self._policy, self._answer, self._on_error, self._on_begin, p.max_pause)
-        if self._instruction:
-            self._inference.reset(self._instruction)
-        self._subscribe()
         self.get_logger().info(f"configured with policy '{p.policy}'")
         return super().on_configure(state)
 

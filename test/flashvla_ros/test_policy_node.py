@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 
 import numpy as np
 import pytest
+import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.srv import SetParameters
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
@@ -19,6 +22,7 @@ from std_srvs.srv import Trigger
 
 from flashvla_ros.diagnostics import ERROR, values_of
 from flashvla_ros.messages import compressed_message, image_message, pose_message, read_twist, stamp_ns, to_stamp
+from flashvla_ros.policy_node import PolicyNode
 from flashvla_ros.qos import LATCHED
 
 THIRD_PARTY = '''
@@ -407,6 +411,19 @@ def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, thi
     assert camera.done(6) == "ccrccc"  # without the clamp it would be reused here
 
 
+def test_a_configuration_that_failed_leaves_no_thread_and_no_subscription(ros_environment):
+    rclpy.init(args=["--ros-args", "-p", 'cameras:=["front=image_raw", "side=bad topic"]', "-p", "autostart:=false"])
+    try:
+        node = PolicyNode()
+        for _ in range(2):
+            assert node.trigger_configure() is TransitionCallbackReturn.FAILURE
+            assert "inference" not in {thread.name for thread in threading.enumerate()}
+            assert not node.count_subscribers("image_raw")
+        node.destroy_node()
+    finally:
+        rclpy.shutdown()
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
@@ -420,6 +437,7 @@ def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, thi
         ({"policy": "other_frame"}, "frame 'tool0'"),
         ({"policy": "replay", "policy_options": '{"episode": "/nowhere.safetensors"}'}, "/nowhere.safetensors"),
         ({"cameras": ["front"]}, "NAME=TOPIC"),
+        ({"cameras": ["front=image_raw", "side=bad topic"]}, "'bad topic'"),
         ({"image_transport": "smoke"}, "image_transport"),
         ({"reuse": "sometimes"}, "choose one of off, paper, gated"),
     ],
