@@ -13,6 +13,7 @@ from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, JointState
 
 from flashvla_ros.errors import MessageError
+from flashvla_ros.sources import CorruptImage, decode_image
 from mllm.policy import ActionSpec
 
 GRIPPER_JOINT = "gripper"
@@ -81,11 +82,10 @@ def compressed_message(image: np.ndarray, stamp: Time, frame_id: str, quality: i
 
 def read_compressed(message: CompressedImage) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a compressed image (JPEG or PNG). Raises MessageError when it cannot be decoded."""
-    data = np.frombuffer(message.data, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if image is None:
-        raise MessageError(f"compressed image of {data.size} bytes (format '{message.format}') cannot be decoded")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    try:
+        return decode_image(bytes(message.data))
+    except CorruptImage as error:
+        raise MessageError(f"compressed image of format '{message.format}' {error}") from error
 
 
 def camera_info_message(intrinsics: np.ndarray, width: int, height: int, stamp: Time, frame_id: str) -> CameraInfo:

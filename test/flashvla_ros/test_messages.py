@@ -128,6 +128,28 @@ def test_undecodable_compressed_image_is_refused(data):
         read_compressed(message)
 
 
+def jpeg(pixels: np.ndarray) -> bytes:
+    return bytes(compressed_message(pixels, NOW, "camera", 95).data)
+
+
+def test_a_cut_jpeg_is_refused():
+    # Some decoders fill the missing rows with grey and say nothing.
+    message = CompressedImage(format="jpeg")
+    message.data = array.array("B", jpeg(RNG.integers(0, 256, (64, 64, 3), np.uint8))[:-400])
+    with pytest.raises(MessageError, match=r"'jpeg' .* cannot be decoded: it is cut or no image"):
+        read_compressed(message)
+
+
+def test_a_jpeg_that_claims_more_pixels_than_opencv_allows_is_refused():
+    data = bytearray(jpeg(PIXELS))
+    frame = data.index(b"\xff\xc0")  # the marker, two bytes of length, one of precision, then height and width
+    data[frame + 5 : frame + 9] = np.array([65500, 65500], ">u2").tobytes()
+    message = CompressedImage(format="jpeg")
+    message.data = array.array("B", bytes(data))
+    with pytest.raises(MessageError, match="refused by OpenCV"):
+        read_compressed(message)
+
+
 @given(st.integers(0, 2**31 * 10**9 - 1))
 def test_stamp_round_trip(nanoseconds):
     assert stamp_ns(to_stamp(nanoseconds)) == nanoseconds
