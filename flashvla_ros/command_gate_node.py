@@ -33,7 +33,8 @@ class GateParameters(GateLimits):
     proposed_twist_topic: str = param("policy/command", "twist proposed by the policy (geometry_msgs/TwistStamped)")
     proposed_gripper_topic: str = param(
         "policy/gripper_command",
-        "gripper proposed by the policy (sensor_msgs/JointState, one position, m); empty = a robot without gripper",
+        "gripper proposed by the policy (sensor_msgs/JointState, one position, m); empty = a robot without gripper, "
+        "then the policy's gripper_topic too",
     )
     observation_topic: str = param("eef_pose", "heartbeat of the observations (geometry_msgs/PoseStamped)")
     estop_topic: str = param("estop", "emergency-stop button (std_msgs/Bool, true = pressed)")

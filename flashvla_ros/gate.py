@@ -46,14 +46,17 @@ class GateLimits:
     max_rotation: float = param(0.25, "rad a period, by angle, not per axis; larger ones are scaled down", dynamic=True)
     max_linear_speed: float = param(
         1.0,
-        "m/s over the real time between two commands, so that commands arriving "
-        "faster than the period cannot add up; scaled down",
+        "m/s, of what is commanded for a period over the time between the stamps of the two observations answered, so "
+        "that commands closer together than the period cannot add up; scaled down",
         dynamic=True,
     )
-    max_angular_speed: float = param(5.0, "rad/s over the real time between two commands; scaled down", dynamic=True)
+    max_angular_speed: float = param(5.0, "rad/s, over the same time; scaled down", dynamic=True)
     max_opening: float = param(0.08, "m; widest gripper opening, commands are clamped to [0, max_opening]")
     gross_factor: float = param(
-        1.5, "a command beyond this many times a limit is rejected and latches the gate", dynamic=True
+        1.5,
+        "a twist that is itself beyond this many times a limit is rejected and latches the gate; one that is so only "
+        "because it came soon after another is scaled down",
+        dynamic=True,
     )
     command_timeout: float = param(0.5, "s; no accepted command for this long stops the robot", dynamic=True)
     observation_timeout: float = param(
@@ -245,21 +248,12 @@ class CommandGate:
 
     def _limit(self, command: Command, speed: float, turn: float) -> Decision:
         limits = self.limits
-        interval = limits.period
-        if self._last_stamp_ns is not None:
-            interval = min(interval, (command.stamp_ns - self._last_stamp_ns) * 1e-9)
-        excess = {  # how many times over its limit, each
-            "translation": (speed * limits.period, limits.max_translation, "m"),
-            "rotation": (turn * limits.period, limits.max_rotation, "rad"),
-            "linear speed": (speed * limits.period / interval, limits.max_linear_speed, "m/s"),
-            "angular speed": (turn * limits.period / interval, limits.max_angular_speed, "rad/s"),
-        }
-        ratios = {name: value / limit for name, (value, limit, _) in excess.items()}
-        worst = max(ratios, key=lambda name: ratios[name])
-        value, limit, unit = excess[worst]
-        detail = f"{worst}: {value:.4g} {unit}, limit {limit:.4g} {unit}"
-        if ratios[worst] > limits.gross_factor:
+        ratios, detail = self._ratios(speed, turn, limits.period)
+        if max(ratios.values()) > limits.gross_factor:  # of the twist itself: when frames come is not its fault
             return Decision(Verdict.REJECTED, f"gross {detail}")
+        if self._last_stamp_ns is not None:
+            interval = min(limits.period, (command.stamp_ns - self._last_stamp_ns) * 1e-9)
+            ratios, detail = self._ratios(speed, turn, interval)
         opening = command.opening
         if opening is not None:
             opening = min(max(opening, 0.0), limits.max_opening)
@@ -273,6 +267,22 @@ class CommandGate:
             command, linear=command.linear / linear_scale, angular=command.angular / angular_scale, opening=opening
         )
         return Decision(Verdict.CLAMPED, detail, limited)
+
+    def _ratios(self, speed: float, turn: float, interval: float) -> tuple[dict[str, float], str]:
+        """How many times over its limit each quantity is, and the worst in words, where what is commanded for a period
+        (m/s, rad/s) is over after `interval` s.
+        """
+        limits, hurry = self.limits, self.limits.period / interval
+        quantities = {
+            "translation": (speed * limits.period, limits.max_translation, "m"),
+            "rotation": (turn * limits.period, limits.max_rotation, "rad"),
+            "linear speed": (speed * hurry, limits.max_linear_speed, "m/s"),
+            "angular speed": (turn * hurry, limits.max_angular_speed, "rad/s"),
+        }
+        ratios = {name: value / limit for name, (value, limit, _) in quantities.items()}
+        worst = max(ratios, key=lambda name: ratios[name])
+        value, limit, unit = quantities[worst]
+        return ratios, f"{worst}: {value:.4g} {unit}, limit {limit:.4g} {unit}"
 
     def _observation_is_late(self, mono: float) -> bool:
         limit = self.limits.observation_timeout

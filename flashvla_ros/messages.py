@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -11,6 +13,7 @@ from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, JointState
 
 from flashvla_ros.errors import MessageError
+from flashvla_ros.sources import CorruptImage, decode_image
 from mllm.policy import ActionSpec
 
 GRIPPER_JOINT = "gripper"
@@ -79,11 +82,10 @@ def compressed_message(image: np.ndarray, stamp: Time, frame_id: str, quality: i
 
 def read_compressed(message: CompressedImage) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a compressed image (JPEG or PNG). Raises MessageError when it cannot be decoded."""
-    data = np.frombuffer(message.data, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if image is None:
-        raise MessageError(f"compressed image of {data.size} bytes (format '{message.format}') cannot be decoded")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    try:
+        return decode_image(bytes(message.data))
+    except CorruptImage as error:
+        raise MessageError(f"compressed image of format '{message.format}' {error}") from error
 
 
 def camera_info_message(intrinsics: np.ndarray, width: int, height: int, stamp: Time, frame_id: str) -> CameraInfo:
@@ -106,10 +108,30 @@ def pose_message(position: np.ndarray, quaternion: np.ndarray, stamp: Time, fram
     return message
 
 
-def read_pose(message: PoseStamped) -> tuple[np.ndarray, np.ndarray]:
-    """Position (3,) m and quaternion (4,) xyzw, in the message's frame."""
+def read_pose(message: PoseStamped, frame_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """Position (3,) m and quaternion (4,) xyzw, in `frame_id`. Raises MessageError: another frame, NaN or infinity."""
+    if message.header.frame_id != frame_id:
+        raise MessageError(
+            f"wrong frame: the pose is in '{message.header.frame_id}', the policy acts in '{frame_id}': "
+            f"publish it in '{frame_id}'"
+        )
     p, q = message.pose.position, message.pose.orientation
-    return np.array([p.x, p.y, p.z]), np.array([q.x, q.y, q.z, q.w])
+    position, quaternion = np.array([p.x, p.y, p.z]), np.array([q.x, q.y, q.z, q.w])
+    if not (np.isfinite(position).all() and np.isfinite(quaternion).all()):
+        raise MessageError(f"not finite: the pose is at {position} m with quaternion {quaternion}")
+    return position, quaternion
+
+
+def read_joints(message: JointState, names: Sequence[str]) -> np.ndarray:
+    """Positions of the named joints, rad or m. Raises MessageError: one is missing, NaN or infinity."""
+    positions = dict(zip(message.name, message.position, strict=False))
+    missing = [name for name in names if name not in positions]
+    if missing:
+        raise MessageError(f"joint states lack {', '.join(missing)}; they have {', '.join(message.name)}")
+    for name in names:
+        if not math.isfinite(positions[name]):
+            raise MessageError(f"not finite: joint '{name}' is at {positions[name]}")
+    return np.array([positions[name] for name in names])
 
 
 def twist_message(linear: np.ndarray, angular: np.ndarray, stamp: Time, frame_id: str) -> TwistStamped:

@@ -8,8 +8,11 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from rclpy.duration import Duration
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -25,6 +28,7 @@ from flashvla_ros.messages import (
     gripper_message,
     read_compressed,
     read_image,
+    read_joints,
     read_pose,
     stamp_ns,
     to_stamp,
@@ -53,9 +57,10 @@ class PolicyNode(LifecycleNode):
         self._inference: Inference | None = None
         self._instruction = p.instruction
         self._load_error = ""
-        self._answered = self._reused = self._refused = self._corrected = 0
+        self._answered = self._reused = self._refused = self._corrected = self._pauses = 0
         self._reasons: Counter[str | None] = Counter()
         self._latency = Window()
+        self._opening: float | None = None  # m, the last one proposed; None: the robot stands still
         self._inputs: list[Any] = []
         # Before the cameras: when both wait, an executor serves an instruction before the frames that follow it.
         self.create_subscription(String, p.instruction_topic, self._on_instruction, LATCHED)
@@ -64,7 +69,7 @@ class PolicyNode(LifecycleNode):
         if p.decision_topic:
             self.create_subscription(DiagnosticArray, p.decision_topic, self._on_decision, command_qos)
         self._twists = self.create_publisher(TwistStamped, p.twist_topic, command_qos)
-        self._grippers = self.create_publisher(JointState, p.gripper_topic, command_qos)
+        self._grippers = self.create_publisher(JointState, p.gripper_topic, command_qos) if p.gripper_topic else None
         self._steps = self.create_publisher(DiagnosticArray, "~/step", command_qos)
         self._display = Display(self, p.camera_names(), parse_qos(p.display_qos, "display_qos"))
         self._image_qos = parse_qos(p.image_qos, "image_qos")
@@ -82,7 +87,7 @@ class PolicyNode(LifecycleNode):
                 raise ConfigurationError(f"node '{self.get_name()}' cannot start: {self._load_error or 'see its log'}")
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Loads the policy and warms it up."""
+        """Loads the policy, warms it up and subscribes to its inputs."""
         p = self._params.value
         try:
             self._policy = make_policy(p.policy, **p.options())
@@ -92,17 +97,18 @@ class PolicyNode(LifecycleNode):
             warm_up = getattr(self._policy, "warm_up", None)
             if warm_up is not None:
                 warm_up()
-        except Exception as error:  # whatever a third party's policy raises, the node lives and says so
-            self._load_error = f"policy '{p.policy}' cannot be loaded: {error}"
-            expected = isinstance(error, PolicyError)
+            self._display.begin(getattr(self._policy, "layout", None))
+            self._inference = Inference(self._policy, self._answer, self._on_error, self._on_begin, p.max_pause)
+            if self._instruction:
+                self._inference.reset(self._instruction)
+            self._subscribe()
+        except Exception as error:  # rclpy drops it without a word; whatever was raised, the node lives and says so
+            self._load_error = f"cannot be configured with policy '{p.policy}': {error}"
+            expected = isinstance(error, (PolicyError, InvalidTopicNameException))
             self.get_logger().error(self._load_error if expected else describe(error))
+            self._unload()
             return TransitionCallbackReturn.FAILURE
         self._load_error = ""
-        self._display.begin(getattr(self._policy, "layout", None))
-        self._inference = Inference(self._policy, self._answer, self._on_error, self._display.clear)
-        if self._instruction:
-            self._inference.reset(self._instruction)
-        self._subscribe()
         self.get_logger().info(f"configured with policy '{p.policy}'")
         return super().on_configure(state)
 
@@ -125,14 +131,16 @@ class PolicyNode(LifecycleNode):
         return super().on_shutdown(state)
 
     def close(self) -> None:
-        """The last proposal is to stand still."""
+        """The last proposal is to stand still, and it has arrived before the process goes."""
         self._stand_still()
+        self._twists.wait_for_all_acked(Duration(seconds=1))
         self._unload()
 
     def _stand_still(self) -> None:
         def last_word() -> None:
-            stamp, zero = self.get_clock().now().to_msg(), np.zeros(3)
-            self._twists.publish(twist_message(zero, zero, stamp, self._params.value.frame_id))
+            if self._opening is not None:
+                self._propose(np.zeros(3), np.zeros(3), self._opening, self.get_clock().now().to_msg())
+            self._opening = None
 
         if self._inference is not None:
             self._inference.deactivate(last_word)
@@ -167,7 +175,7 @@ class PolicyNode(LifecycleNode):
     def _on_input(self, name: str, message: Any) -> None:
         matched = self._sync.add(name, stamp_ns(message.header.stamp), message)
         if matched is not None and self._inference is not None:
-            self._inference.offer(matched)
+            self._inference.offer(matched, matched[0])
 
     def _on_instruction(self, message: String) -> None:
         self._instruction = message.data
@@ -197,7 +205,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_reset(self, _request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         """Starts an episode: on success, the policy has forgotten the last one and its commands are received."""
-        lonely = [p.topic_name for p in (self._twists, self._grippers) if not p.get_subscription_count()]
+        lonely = [p.topic_name for p in (self._twists, self._grippers) if p and not p.get_subscription_count()]
         if self._inference is None or not self._inference.active:
             response.success, response.message = False, "not active"
         elif lonely:
@@ -228,11 +236,7 @@ class PolicyNode(LifecycleNode):
         linear, angular, opening = action_to_twist(action, policy.action_spec, p.max_opening)
         stamp = to_stamp(work[0])
 
-        def publish() -> None:
-            self._grippers.publish(gripper_message(opening, stamp))
-            self._twists.publish(twist_message(linear, angular, stamp, p.frame_id))
-
-        if not inference.while_active(publish):
+        if not inference.while_valid(lambda: self._propose(linear, angular, opening, stamp)):
             return
         self._answered += 1
         self._latency.add(acted - started)
@@ -252,6 +256,13 @@ class PolicyNode(LifecycleNode):
         except Exception as error:  # what cannot be drawn must not stop the robot
             self.get_logger().error(f"a step cannot be shown: {describe(error)}", throttle_duration_sec=5.0)
 
+    def _propose(self, linear: np.ndarray, angular: np.ndarray, opening: float, stamp: Time) -> None:
+        """linear: (3,) m/s; angular: (3,) rad/s; opening: m. Both halves, because a gate obeys no single one."""
+        self._opening = opening
+        if self._grippers is not None:
+            self._grippers.publish(gripper_message(opening, stamp))
+        self._twists.publish(twist_message(linear, angular, stamp, self._params.value.frame_id))
+
     def _show(
         self, step: ActionStep, observation: Observation, displacement: np.ndarray, work: tuple[int, dict[str, Any]]
     ) -> None:
@@ -263,26 +274,24 @@ class PolicyNode(LifecycleNode):
         self._display.overlay(step, observation, stamp, frames if p.overlay else {})
 
     def _observation(self, stamp: int, messages: dict[str, Any]) -> Observation:
-        images, proprio = {}, {}
+        p, images, proprio = self._params.value, {}, {}
         for name, message in messages.items():
             kind, _, camera = name.partition(":")
             if kind == "image":
                 read = read_compressed if isinstance(message, CompressedImage) else read_image
                 images[camera] = read(message)
             elif kind == "eef_pose":
-                proprio["eef_pos"], proprio["eef_quat"] = read_pose(message)
+                proprio["eef_pos"], proprio["eef_quat"] = read_pose(message, p.frame_id)
             else:
-                proprio["joint_pos"] = self._positions(message, self._params.value.arm_joints)
-                proprio["gripper_qpos"] = self._positions(message, self._params.value.gripper_joints)
+                proprio["joint_pos"] = read_joints(message, p.arm_joints)
+                proprio["gripper_qpos"] = read_joints(message, p.gripper_joints)
         return Observation(images=images, proprio=proprio, stamp=stamp * 1e-9)
 
-    @staticmethod
-    def _positions(message: JointState, names: tuple[str, ...]) -> np.ndarray:
-        positions = dict(zip(message.name, message.position, strict=False))
-        missing = [name for name in names if name not in positions]
-        if missing:
-            raise MessageError(f"joint states lack {', '.join(missing)}; they have {', '.join(message.name)}")
-        return np.array([positions[name] for name in names])
+    def _on_begin(self, pause: str) -> None:
+        self._display.clear()
+        if pause:
+            self._pauses += 1
+            self.get_logger().warning(f"the policy starts anew: {pause}", throttle_duration_sec=5.0)
 
     def _on_error(self, error: Exception) -> None:
         if isinstance(error, MessageError):
@@ -304,6 +313,7 @@ class PolicyNode(LifecycleNode):
             "unmatched": self._sync.unmatched if inference else 0,
             "refused": self._refused,
             "corrected": self._corrected,
+            "pauses": self._pauses,
             "instruction": self._instruction,
             **self._latency.summary("latency"),
         }

@@ -37,18 +37,28 @@ class PolicyParameters:
         ("agentview=agentview/image_raw",), "NAME=TOPIC of every camera; the policy sees the images under these names"
     )
     image_transport: str = param("raw", "raw (sensor_msgs/Image) or compressed (sensor_msgs/CompressedImage)")
-    eef_pose_topic: str = param("", "end-effector pose (geometry_msgs/PoseStamped) to observe; empty = none")
+    eef_pose_topic: str = param(
+        "", "end-effector pose (geometry_msgs/PoseStamped, in frame_id) to observe; empty = none"
+    )
     joint_states_topic: str = param("", "joint states (sensor_msgs/JointState) to observe; empty = none")
     arm_joints: tuple[str, ...] = param(
         tuple(f"panda_joint{i}" for i in range(1, 8)), "names in joint_states, in order"
     )
     gripper_joints: tuple[str, ...] = param(("panda_finger_joint1", "panda_finger_joint2"), "names in joint_states")
     sync_slop: float = param(0.02, "s; inputs of one observation may differ by this much in time")
+    max_pause: float = param(
+        1.0,
+        "s between two observations that the policy answers; after a longer pause, and where stamps go back, it starts "
+        "anew in place of carrying out what it had planned; must be above its latency",
+    )
     image_qos: str = param("best_effort depth=2", "QoS of the cameras")
     state_qos: str = param("reliable depth=10", "QoS of pose and joint states")
     instruction_topic: str = param("instruction", "task in words (std_msgs/String, transient local); resets the policy")
     twist_topic: str = param("policy/command", "proposed twist (geometry_msgs/TwistStamped)")
-    gripper_topic: str = param("policy/gripper_command", "proposed gripper opening (sensor_msgs/JointState, m)")
+    gripper_topic: str = param(
+        "policy/gripper_command",
+        "proposed gripper opening (sensor_msgs/JointState, m); empty = a robot without gripper, also for the gate",
+    )
     command_qos: str = param("reliable depth=10", "QoS of the proposed commands")
     decision_topic: str = param(
         "command_gate/decision",
@@ -56,7 +66,7 @@ class PolicyParameters:
         "the policy reuses nothing that came before; empty = no gate",
     )
     max_opening: float = param(0.08, "m; widest gripper opening, what gripper -1 stands for")
-    frame_id: str = param("world", "frame of the commands; the policy's action frame must be this one")
+    frame_id: str = param("world", "frame of the commands and of the pose; the policy's action frame must be this one")
     overlay: bool = param(
         True,
         "publish ~/overlay/CAMERA (sensor_msgs/Image): what the policy looked at, and whether it reused; drawn only "
@@ -72,7 +82,7 @@ class PolicyParameters:
     display_qos: str = param("reliable depth=2", "QoS of overlays and markers")
 
     def __post_init__(self) -> None:
-        require_positive(self, "sync_slop", "max_opening")
+        require_positive(self, "sync_slop", "max_pause", "max_opening")
         transports = ("raw", "compressed")
         require(self.image_transport in transports, "image_transport", self.image_transport, " or ".join(transports))
         require(len(self.cameras) > 0, "cameras", self.cameras, "at least one NAME=TOPIC")

@@ -31,6 +31,19 @@ class CorruptImage(ValueError):
     """One image cannot be decoded; the ones after it may be fine."""
 
 
+def decode_image(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a JPEG, PNG or whatever else OpenCV reads. Raises CorruptImage: why not."""
+    # Older decoders fill the missing part of a cut JPEG with grey. Within JPEG data, neither marker can occur.
+    cut = data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data and not cut else None
+    except cv2.error as error:
+        raise CorruptImage(f"({len(data)} bytes) is refused by OpenCV: {error.err}") from error
+    if image is None:
+        raise CorruptImage(f"({len(data)} bytes) cannot be decoded: it is cut or no image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
 @dataclass(frozen=True)
 class CaptureParameters:
     source: str = param("0", "device (0 or /dev/video0), video file, folder of images, or stream (rtsp://, http://)")
@@ -223,15 +236,10 @@ class FolderSource(Source):
             data = self._path.read_bytes()
         except OSError as error:
             raise CorruptImage(f"image '{self._path}' cannot be read: {error.strerror}") from error
-        # Older decoders fill the missing part of a cut JPEG with grey. Within JPEG data, neither marker can occur.
-        cut = data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
         try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data and not cut else None
-        except cv2.error as error:
-            raise CorruptImage(f"image '{self._path}' is refused by OpenCV: {error.err}") from error
-        if image is None:
-            raise CorruptImage(f"image '{self._path}' ({len(data)} bytes) cannot be decoded: it is cut or no image")
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            return decode_image(data)
+        except CorruptImage as error:
+            raise CorruptImage(f"image '{self._path}' {error}") from error
 
 
 def make_source(params: CaptureParameters) -> Source:

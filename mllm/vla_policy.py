@@ -149,7 +149,7 @@ class VLAPolicy:
         flags: "prompt_tokens" where the model ran, and what that costs: "weight_bytes", which the weights take in
         memory, and of `mllm.flops` "flops" (of the whole look) and "visual_flops"; "chunk_step", the number of the
         action, where chunks have several.
-        Raises PolicyError: an observation without what the model looks at.
+        Raises PolicyError: an observation without what the model looks at, or with NaN or infinity in it.
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
         timing: dict[str, float] = {}
@@ -237,13 +237,16 @@ class VLAPolicy:
 
 
 def proprio_vector(observation: Observation, names: Sequence[str]) -> np.ndarray:
-    """The named numbers side by side, float64. Raises PolicyError: one is missing."""
+    """The named numbers side by side, float64. Raises PolicyError: one is missing, NaN or infinity."""
     missing = [name for name in names if name not in observation.proprio]
     if missing:
         raise PolicyError(
             f"the observation lacks proprioception '{missing[0]}'; it has "
             f"{', '.join(sorted(observation.proprio)) or 'none'}"
         )
+    for name in names:
+        if not np.isfinite(observation.proprio[name]).all():
+            raise PolicyError(f"proprioception '{name}' is not finite: {observation.proprio[name]}")
     return np.concatenate([np.asarray(observation.proprio[name], np.float64) for name in names])
 
 

@@ -103,6 +103,28 @@ def test_commands_faster_than_the_period_are_limited_by_speed():
     assert decision.command.linear[0] == pytest.approx(0.36 * 0.4 / 0.45)
 
 
+@pytest.mark.parametrize("gap_ms", [1, 5, 20, 33])
+def test_observations_close_together_scale_a_command_within_limits_down_and_never_latch(gap_ms):
+    gate = running()
+    send(gate, command(linear=(0.39, 0, 0), angular=(0, 1.9, 0)))
+    decision = send(gate, command(linear=(0.39, 0, 0), angular=(0, 1.9, 0), stamp=START + gap_ms * 1_000_000))
+    assert decision.verdict is Verdict.CLAMPED
+    assert gate.state is State.ACTIVE
+    assert decision.command is not None
+    assert decision.command.linear[0] == pytest.approx(0.4 * gap_ms / 50)
+    assert decision.command.angular[1] == pytest.approx(2.0 * gap_ms / 50)
+
+
+def test_a_speed_that_is_gross_by_itself_is_rejected_however_far_apart_observations_are():
+    limits = dataclasses.replace(LIMITS, max_translation=1.0)  # so that only the speed counts
+    gate = running(limits)
+    send(gate, command())
+    assert send(gate, command(linear=(0.59, 0, 0), stamp=START + SECOND)).verdict is Verdict.CLAMPED
+    rejected = send(gate, command(linear=(0.61, 0, 0), stamp=START + 2 * SECOND))
+    assert rejected.verdict is Verdict.REJECTED
+    assert rejected.reason == "gross linear speed: 0.61 m/s, limit 0.4 m/s"
+
+
 def test_gross_excess_is_rejected_and_latches():
     gate = running()
     send(gate, command())

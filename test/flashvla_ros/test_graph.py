@@ -46,6 +46,12 @@ def test_every_parameter_in_a_parameter_file_exists_and_its_value_is_accepted(na
         cls(**{key: _coerce(key, kinds[key], value) for key, value in values.items()})
 
 
+def test_the_robot_s_camera_gives_one_image_a_period_of_the_gate():
+    nodes = yaml.safe_load(config_file("robot.yaml").read_text())
+    camera, gate = nodes["camera"]["ros__parameters"], nodes["command_gate"]["ros__parameters"]
+    assert camera["rate"] * gate["period"] == pytest.approx(1.0)
+
+
 def test_overrides_reach_their_node():
     specs = {spec.name: spec for spec in graph("libero", {"policy": {"policy": "replay"}})}
     assert "policy:='replay'" in specs["policy"].arguments()

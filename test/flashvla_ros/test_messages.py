@@ -21,6 +21,7 @@ from flashvla_ros.messages import (
     read_compressed,
     read_gripper,
     read_image,
+    read_joints,
     read_pose,
     read_twist,
     stamp_ns,
@@ -127,6 +128,28 @@ def test_undecodable_compressed_image_is_refused(data):
         read_compressed(message)
 
 
+def jpeg(pixels: np.ndarray) -> bytes:
+    return bytes(compressed_message(pixels, NOW, "camera", 95).data)
+
+
+def test_a_cut_jpeg_is_refused():
+    # Some decoders fill the missing rows with grey and say nothing.
+    message = CompressedImage(format="jpeg")
+    message.data = array.array("B", jpeg(RNG.integers(0, 256, (64, 64, 3), np.uint8))[:-400])
+    with pytest.raises(MessageError, match=r"'jpeg' .* cannot be decoded: it is cut or no image"):
+        read_compressed(message)
+
+
+def test_a_jpeg_that_claims_more_pixels_than_opencv_allows_is_refused():
+    data = bytearray(jpeg(PIXELS))
+    frame = data.index(b"\xff\xc0")  # the marker, two bytes of length, one of precision, then height and width
+    data[frame + 5 : frame + 9] = np.array([65500, 65500], ">u2").tobytes()
+    message = CompressedImage(format="jpeg")
+    message.data = array.array("B", bytes(data))
+    with pytest.raises(MessageError, match="refused by OpenCV"):
+        read_compressed(message)
+
+
 @given(st.integers(0, 2**31 * 10**9 - 1))
 def test_stamp_round_trip(nanoseconds):
     assert stamp_ns(to_stamp(nanoseconds)) == nanoseconds
@@ -134,12 +157,36 @@ def test_stamp_round_trip(nanoseconds):
 
 def test_pose_and_twist_round_trip():
     position, quaternion = np.array([0.1, -0.2, 0.3]), np.array([0.0, 0.6, 0.0, 0.8])
-    read = read_pose(pose_message(position, quaternion, NOW, "world"))
+    read = read_pose(pose_message(position, quaternion, NOW, "world"), "world")
     np.testing.assert_array_equal(read[0], position)
     np.testing.assert_array_equal(read[1], quaternion)
     linear, angular = read_twist(twist_message(position, -position, NOW, "world"))
     np.testing.assert_array_equal(linear, position)
     np.testing.assert_array_equal(angular, -position)
+
+
+def test_a_pose_in_another_frame_is_refused_with_both():
+    message = pose_message(np.zeros(3), np.array([0, 0, 0, 1]), NOW, "base_link")
+    with pytest.raises(MessageError, match=r"the pose is in 'base_link', .*: publish it in 'world'"):
+        read_pose(message, "world")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("index", range(7))
+def test_a_pose_that_is_not_finite_is_refused(index, value):
+    numbers = np.array([0, 0, 0, 0, 0, 0, 1.0])
+    numbers[index] = value
+    with pytest.raises(MessageError, match="not finite: the pose"):
+        read_pose(pose_message(numbers[:3], numbers[3:], NOW, "world"), "world")
+
+
+def test_joints_are_read_by_name_in_the_order_asked_for():
+    message = JointState(name=["a", "b", "c"], position=[0.1, 0.2, float("nan")])
+    assert read_joints(message, ["b", "a"]).tolist() == [0.2, 0.1]  # what nobody asks for may be anything
+    with pytest.raises(MessageError, match="lack d, e; they have a, b, c"):
+        read_joints(message, ["d", "a", "e"])
+    with pytest.raises(MessageError, match="not finite: joint 'c' is at nan"):
+        read_joints(message, ["a", "c"])
 
 
 @pytest.mark.parametrize("positions", [[], [0.1, 0.2]])

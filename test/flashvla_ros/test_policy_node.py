@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 
 import numpy as np
 import pytest
+import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from geometry_msgs.msg import TwistStamped
+from geometry_msgs.msg import PoseStamped, TwistStamped
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.srv import SetParameters
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from flashvla_ros.diagnostics import ERROR, values_of
-from flashvla_ros.messages import compressed_message, image_message, read_twist, stamp_ns
+from flashvla_ros.messages import compressed_message, image_message, pose_message, read_twist, stamp_ns, to_stamp
+from flashvla_ros.policy_node import PolicyNode
 from flashvla_ros.qos import LATCHED
 
 THIRD_PARTY = '''
@@ -71,9 +75,9 @@ class Camera:
         self.images = ros.node.create_publisher(Image, "/image_raw", 10)
         self.instructions = ros.node.create_publisher(String, "/instruction", LATCHED)
 
-    def ready(self, instruction="stack the cubes"):
+    def ready(self, instruction="stack the cubes", topics=("command", "gripper_command", "step")):
         self.ros.connected(self.images)
-        for topic in ("/policy/command", "/policy/gripper_command", "/policy/step"):
+        for topic in (f"/policy/{name}" for name in topics):
             self.ros.wait(lambda topic=topic: self.ros.node.count_publishers(topic))
         if instruction:
             self.instructions.publish(String(data=instruction))
@@ -120,6 +124,14 @@ def change_state(ros, transition):
     return ros.call(ChangeState, "/policy/change_state", request).success
 
 
+def start_gate(ros, nodes, topics=("command", "gripper_command"), **parameters):
+    """A real gate behind the policy, which no silence stops."""
+    patient = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0, "max_observation_age": 30.0}
+    nodes.start("robot", only=("command_gate",), command_gate={**patient, **parameters})
+    for topic in (f"/policy/{name}" for name in topics):
+        ros.wait(lambda topic=topic: ros.node.count_subscribers(topic) >= 2)
+
+
 def test_command_answers_the_image_and_carries_its_stamp(ros, nodes, third_party):
     camera = Camera(ros, nodes).ready()
     stamp = camera.show(brightness=51)
@@ -153,6 +165,19 @@ def test_new_instruction_resets_the_policy(ros, nodes, third_party):
     assert camera.answered(3)[1] == pytest.approx(0.01)
 
 
+def test_after_a_pause_the_policy_starts_anew_and_the_node_says_so(ros, nodes, third_party):
+    camera = Camera(ros, nodes, max_pause=2.0).ready()
+    start = stamp_ns(ros.node.get_clock().now().to_msg())
+    sideways = []
+    for count, seconds in enumerate((0.0, 2.0, 4.1, 4.2), 1):
+        stamp = to_stamp(start + int(seconds * 1e9))
+        camera.show(message=image_message(np.zeros((4, 4, 3), np.uint8), stamp, "front"))
+        sideways.append(camera.answered(count)[1])
+    assert sideways == pytest.approx([0.01, 0.02, 0.01, 0.02])
+    camera.counted("pauses", 1)
+    assert "the policy starts anew: no observation was answered for 2.100 s" in nodes.output()
+
+
 def test_lifecycle_transitions_start_and_stop_commands_and_the_last_one_is_zero(ros, nodes, third_party):
     camera = Camera(ros, nodes, autostart=False)
     assert change_state(ros, Transition.TRANSITION_CONFIGURE)
@@ -169,6 +194,7 @@ def test_lifecycle_transitions_start_and_stop_commands_and_the_last_one_is_zero(
     stamp = camera.show(brightness=0)
     ros.wait(lambda: len(camera.twists) == 3)
     assert not np.any(read_twist(camera.twists[1]))
+    assert read_twist(camera.twists[2])[0][1] == pytest.approx(0.01)  # the first step since a reset
     assert stamp_ns(camera.twists[2].header.stamp) == stamp  # the image shown while inactive was not answered
     assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
     assert change_state(ros, Transition.TRANSITION_CLEANUP)
@@ -185,6 +211,57 @@ def test_sigterm_proposes_to_stand_still_last_and_ends_with_status_0(ros, nodes,
     ros.drain()
     assert process.returncode == 0
     assert not np.any(read_twist(camera.twists[-1]))
+
+
+@pytest.mark.parametrize("end", ["deactivate", "sigterm"])
+def test_the_last_command_stands_still_at_once_behind_the_gate_too(ros, nodes, third_party, end):
+    camera = Camera(ros, nodes)
+    commands, grippers = ros.listen(TwistStamped, "/command"), ros.listen(JointState, "/gripper_command")
+    start_gate(ros, nodes, max_translation=10.0, max_linear_speed=1000.0)
+    camera.ready()
+
+    def moves() -> bool:
+        camera.show(brightness=10)
+        ros.drain()
+        return bool(commands and grippers)
+
+    ros.wait(moves)
+    ros.drain()
+    assert np.any(read_twist(commands[-1]))
+    if end == "deactivate":
+        assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
+    else:
+        camera.group.processes["policy"].send_signal(signal.SIGTERM)
+    ros.wait(lambda: not np.any(read_twist(commands[-1])), 10, "for the stop")
+    ros.wait(lambda: camera.grippers[-1].header.stamp == camera.twists[-1].header.stamp)
+    assert camera.grippers[-1].position == camera.grippers[0].position
+
+
+def test_a_robot_without_gripper_is_reset_commanded_and_stopped(ros, nodes, third_party):
+    camera = Camera(ros, nodes, gripper_topic="")
+    commands = ros.listen(TwistStamped, "/command")
+    start_gate(ros, nodes, ["command"], proposed_gripper_topic="", max_translation=10.0, max_linear_speed=1e3)
+    camera.ready(topics=["command", "step"])
+
+    def moves() -> bool:
+        camera.show(brightness=10)
+        ros.drain()
+        return bool(commands)
+
+    ros.wait(moves)
+    assert np.any(read_twist(commands[-1]))
+    assert change_state(ros, Transition.TRANSITION_DEACTIVATE)
+    ros.wait(lambda: not np.any(read_twist(commands[-1])), 10, "for the stop")
+    assert not ros.node.count_publishers("/policy/gripper_command")
+
+
+def test_a_policy_that_commanded_nothing_has_no_last_word(ros, nodes, third_party):
+    camera = Camera(ros, nodes).ready()
+    for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE):
+        assert change_state(ros, transition)
+    stamp = camera.show()
+    camera.answered(1)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp
 
 
 def test_error_of_the_policy_stops_commands_until_a_reset(ros, nodes, third_party):
@@ -221,6 +298,32 @@ def test_unusable_images_are_refused_and_counted_and_the_next_is_answered(ros, n
         camera.show(message=message)
         ros.wait(lambda count=count: values_of(camera.diagnostics[-1].status[0])["refused"] == str(count))
     stamp = camera.show()
+    camera.answered(1)
+    assert stamp_ns(camera.twists[0].header.stamp) == stamp
+
+
+def test_states_that_are_not_finite_or_in_another_frame_are_refused_and_the_next_are_answered(ros, nodes, third_party):
+    camera = Camera(ros, nodes, eef_pose_topic="eef_pose", joint_states_topic="joint_states")
+    poses = ros.node.create_publisher(PoseStamped, "/eef_pose", 10)
+    joints = ros.node.create_publisher(JointState, "/joint_states", 10)
+    ros.connected(poses)
+    ros.connected(joints)
+    camera.ready()
+    names = [*(f"panda_joint{i}" for i in range(1, 8)), "panda_finger_joint1", "panda_finger_joint2"]
+
+    def observe(x=0.4, finger=0.04, frame="world"):
+        stamp = ros.node.get_clock().now().to_msg()
+        message = JointState(name=names, position=[0.1] * 7 + [finger] * 2)
+        message.header.stamp = stamp
+        poses.publish(pose_message(np.array([x, 0, 0.9]), np.array([0, 0, 0, 1]), stamp, frame))
+        joints.publish(message)
+        return camera.show(message=image_message(np.zeros((4, 4, 3), np.uint8), stamp, "front"))
+
+    for count, spoil in enumerate(({"x": np.nan}, {"finger": np.inf}, {"frame": "base_link"}), 1):
+        observe(**spoil)
+        camera.counted("refused", count)
+    assert "publish it in 'world'" in nodes.output()
+    stamp = observe()
     camera.answered(1)
     assert stamp_ns(camera.twists[0].header.stamp) == stamp
 
@@ -297,19 +400,28 @@ def test_after_a_new_instruction_or_a_reset_nothing_is_reused(ros, nodes, third_
 def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, third_party):
     camera = Camera(ros, nodes, reuse="paper")
     # The n-th action of this policy that was not reused is 0.5 n mm long: the fourth is the first over the limit.
-    gate = {"start_enabled": True, "observation_timeout": 0.0, "command_timeout": 30.0, "max_observation_age": 30.0}
-    limits = {"max_translation": 0.0019, "max_linear_speed": 100.0}
-    nodes.start("robot", only=("command_gate",), command_gate={**gate, **limits})
     decisions = ros.listen(DiagnosticArray, "/command_gate/decision")
+    start_gate(ros, nodes, max_translation=0.0019, max_linear_speed=100.0)
     ros.wait(lambda: ros.node.count_subscribers("/command_gate/decision") >= 2)
-    ros.wait(lambda: ros.node.count_subscribers("/policy/command") >= 2)
-    ros.wait(lambda: ros.node.count_subscribers("/policy/gripper_command") >= 2)
     camera.ready()
     assert camera.done(5) == "ccrcc"
     ros.wait(lambda: decisions and decisions[-1].status[0].message == "clamped")  # the first may have come too early
     assert {message.status[0].message for message in decisions[:-1]} <= {"passed"}
     camera.counted("corrected", 1)
     assert camera.done(6) == "ccrccc"  # without the clamp it would be reused here
+
+
+def test_a_configuration_that_failed_leaves_no_thread_and_no_subscription(ros_environment):
+    rclpy.init(args=["--ros-args", "-p", 'cameras:=["front=image_raw", "side=bad topic"]', "-p", "autostart:=false"])
+    try:
+        node = PolicyNode()
+        for _ in range(2):
+            assert node.trigger_configure() is TransitionCallbackReturn.FAILURE
+            assert "inference" not in {thread.name for thread in threading.enumerate()}
+            assert not node.count_subscribers("image_raw")
+        node.destroy_node()
+    finally:
+        rclpy.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -325,6 +437,7 @@ def test_after_a_command_that_the_gate_clamped_nothing_is_reused(ros, nodes, thi
         ({"policy": "other_frame"}, "frame 'tool0'"),
         ({"policy": "replay", "policy_options": '{"episode": "/nowhere.safetensors"}'}, "/nowhere.safetensors"),
         ({"cameras": ["front"]}, "NAME=TOPIC"),
+        ({"cameras": ["front=image_raw", "side=bad topic"]}, "'bad topic'"),
         ({"image_transport": "smoke"}, "image_transport"),
         ({"reuse": "sometimes"}, "choose one of off, paper, gated"),
     ],

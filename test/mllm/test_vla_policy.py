@@ -310,6 +310,15 @@ def test_the_answer_depends_on_proprioception_which_must_be_there(chunked):
         chunked.act(replace(seen, proprio={"eef_pos": np.zeros(3)}))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_proprioception_that_is_not_finite_is_refused_before_the_model_runs(chunked, value):
+    chunked.reset(TASK)
+    seen = with_proprio(0)
+    with pytest.raises(PolicyError, match=r"proprioception 'gripper_qpos' is not finite"):
+        chunked.act(replace(seen, proprio={**seen.proprio, "gripper_qpos": np.array([0.04, value])}))
+    assert chunked.act(seen).flags["chunk_step"] == 0
+
+
 def test_a_chunked_checkpoint_says_all_that_it_was_trained_with(chunked, tmp_path):
     from mllm.checkpoint import save_checkpoint
 
