@@ -82,9 +82,11 @@ class CollectConfig:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What all episodes of one folder have in common."""
+        """What all episodes of one folder have in common. Raises PolicyError: the policy cannot be made."""
         varying = ("tasks", "episodes", "seed", "turn")
-        return {name: value for name, value in asdict(self).items() if name not in varying}
+        settings = {name: value for name, value in asdict(self).items() if name not in varying}
+        said = self.policy.provenance() if self.policy else {}
+        return {**settings, "policy_provenance": said} if said else settings
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,9 @@ def collect(
     """
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}: it must be at least 1")
-    folder = SuiteFolder(out, config.suite)
+    folder, settings = SuiteFolder(out, config.suite), config.settings()
     with folder.locked():
-        folder.begin(config.settings(), config.tasks)
+        folder.begin(settings, config.tasks)
         units = [[job for job in unit if not folder.finished(*job)] for unit in _turns(config)]
         total = config.episodes * len(config.tasks)
         before = total - sum(map(len, units))

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from mllm.policy import BatchedPolicy, Policy, make_policy
+from mllm.policy import BatchedPolicy, Policy, make_policy, provenance_of
 from sim.batching import SharedPolicy, is_batched
 from sim.crew import Crew
 from sim.env import EnvConfig, LiberoEnv
@@ -84,9 +84,9 @@ class EvalConfig:
         known = dataclasses.asdict(env)
         for name in ("suite", "task", "seed"):  # part of every episode's key
             del known[name]
-        versions = package_versions()
+        versions, said = package_versions(), provenance_of(policy)
         return {
-            "policy": {"name": self.policy, "options": dict(self.options), **_policy_facts(policy)},
+            "policy": {"name": self.policy, "options": dict(self.options), **({"provenance": said} if said else {})},
             "env": known,
             "versions": {name: versions[name] for name in ("mujoco", "robosuite", "libero")},
         }
@@ -299,12 +299,6 @@ def _warm(policy: Policy) -> Policy:
     if warm_up := getattr(policy, "warm_up", None):
         warm_up()
     return policy
-
-
-def _policy_facts(policy: Policy | None) -> dict[str, Any]:
-    """What a policy says about itself in its optional attribute `provenance` (a checkpoint's digest)."""
-    facts = dict(getattr(policy, "provenance", None) or {})
-    return {"provenance": {str(name): str(value) for name, value in facts.items()}} if facts else {}
 
 
 def _plain(value: Any) -> Any:

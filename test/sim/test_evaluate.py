@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +222,38 @@ def test_another_checkpoint_under_the_same_name_is_refused(tmp_path: Path) -> No
                 evaluate(tmp_path / "run", CONFIG, KEYS[:2], Execution(workers=1), policy)
         else:
             evaluate(tmp_path / "run", CONFIG, KEYS[:1], Execution(workers=1), policy)
+
+
+def test_a_checkpoint_that_was_trained_anew_under_its_name_is_refused(tiny: Path, tmp_path: Path) -> None:
+    from mllm.checkpoint import load_checkpoint, save_checkpoint
+    from mllm.vla import init_random
+
+    folder, run, cameras = tmp_path / "policy", tmp_path / "run", ("agentview", "robot0_eye_in_hand")
+    shutil.copytree(tiny, folder)
+    plain = EvalConfig(policy=str(folder), cameras=cameras, step_limit=1)
+    beneath = {"policy": str(folder), "options": {}}
+    configs = {"": plain, "blind": dataclasses.replace(plain, policy="blind", options=beneath)}
+    configs["reuse"] = dataclasses.replace(plain, options={"reuse": "gated"})
+    keys = [dataclasses.replace(KEYS[0], variant=variant) for variant in configs]
+    evaluate(run, configs, keys, Execution(workers=1))
+    with RunFile(run) as played:
+        said = [played.configurations()[variant]["policy"]["provenance"] for variant in configs]
+    assert [len(one["weights_sha256"]) for one in said] == [64] * 3
+    assert said[0] == said[1] == said[2]
+    model, tokenizer = load_checkpoint(folder)
+    save_checkpoint(folder, init_random(model, 1), tokenizer)
+    for variant, config in configs.items():
+        key = dataclasses.replace(KEYS[1], variant=variant)
+        with pytest.raises(ConfigurationError, match=rf"weights_sha256 was '{said[0]['weights_sha256']}', is '"):
+            evaluate(run, {variant: config}, [key], Execution(workers=1))
+
+
+def test_a_run_that_does_not_say_its_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    evaluate(tmp_path / "run", CONFIG, KEYS[:1], Execution(workers=1), CountingPolicy())
+    policy = CountingPolicy()
+    policy.provenance = {"weights_sha256": "aa"}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match=r"policy\.provenance was None, is {'weights_sha256': 'aa'}"):
+        evaluate(tmp_path / "run", CONFIG, KEYS[:2], Execution(workers=1), policy)
 
 
 def test_an_impossible_environment_stops_the_evaluation_with_its_reason(tmp_path: Path) -> None:
