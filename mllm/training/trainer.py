@@ -105,7 +105,7 @@ class Trainer:
         index = np.minimum(np.searchsorted(self.cumulated, drawn, side="right"), len(self.frames) - 1)
         share = index[self.rank :: self.ranks]
         batch = self.frames.batch(share, self.learner.model.config.chunk, self.tokenizer)
-        return batch, np.random.default_rng([config.seed, step, self.rank])
+        return batch, np.random.default_rng([config.seed, step, self.rank, 1])
 
     def _batches(self, until: int) -> Iterator[tuple[Batch, np.random.Generator]]:
         """Batches from the present step on, decoded in a thread of their own."""

@@ -61,6 +61,13 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(settings, tmp_p
     assert not torch.equal(one["learner.model.action_slots"], other["learner.model.action_slots"])
 
 
+def test_images_are_not_augmented_by_the_numbers_that_chose_them(settings, tmp_path):
+    trainer = Trainer(TrainConfig(**settings), tmp_path, silent)
+    augmentation = [trainer.batch(step)[1].random() for step in range(3)]
+    frames = [np.random.default_rng([0, step]).random() for step in range(3)]
+    assert len({*augmentation, *frames}) == 6
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_in_two_parts_equals_one_in_one(settings, tmp_path, precision):
     settings |= {"steps": 4, "batch": 2, "validation": 0.0, "precision": precision}  # bfloat16 may be slow
