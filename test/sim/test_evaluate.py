@@ -19,6 +19,7 @@ from mllm.policy import ActionSpec, ActionStep, HoldPolicy, Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, SimError
 from sim.evaluate import EvalConfig, Execution, evaluate
+from sim.expert_env import ExpertEnv
 from sim.ledger import Progress
 from sim.results import EpisodeResult, RunFile
 from sim.rollout import rollout
@@ -170,6 +171,24 @@ def test_the_expert_runs_beside_its_environment_and_equals_its_rollout(tmp_path:
     np.testing.assert_array_equal(second.actions, expected.actions)
     assert second.flags["phase"] == {"counts": {"approach": 6}}
     assert {"mujoco", "robosuite", "git_commit"} <= set(second.provenance)
+
+
+def test_the_expert_goes_to_what_each_shuffled_episode_asks_for() -> None:
+    env = ExpertEnv(EnvConfig(suite="libero_object", task=0, cameras=(), settle_steps=0))
+    asked = set()
+    try:
+        for seed in range(4):
+            observation, _ = env.reset(seed=seed, options={"init_state": "shuffled"})
+            env.expert_reset(env.task.language)
+            env.expert_act()
+            world = env.privileged()
+            ((_, item, _),) = world.goal
+            hand, lies = observation["proprio"]["eef_pos"], world.data.xpos[world.body_ids[item]]
+            assert np.linalg.norm((hand + env._expert.targets[:3] - lies)[:2]) < 0.03
+            asked.add(item)
+    finally:
+        env.close()
+    assert len(asked) > 1
 
 
 def after_one(deed: Callable[[], None]) -> Callable[[Progress], None]:
