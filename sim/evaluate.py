@@ -31,7 +31,7 @@ from sim.rollout import Environment, rollout
 from sim.schedule import make_blocks
 from sim.step_log import StepLog, encode_video
 from sim.supervisor import SupervisedEnv
-from sim.versions import package_versions
+from sim.versions import git_commit, package_versions
 from sim.world import select_gl
 
 EXPERT = "expert"
@@ -177,7 +177,7 @@ class RolloutPlayer:
             actions=episode.actions,
             timing=stages,
             flags=summarise_flags(log.flags[: episode.steps]),
-            provenance={**self._facts, **episode.provenance},
+            provenance=_together(episode.provenance, self._facts),
             error=episode.error,
             video=encode_video(log.frames) if log.frames and episode.outcome != "success" else None,
         )
@@ -201,8 +201,8 @@ def now() -> str:
 
 
 def circumstances(workers: int, max_batch: int, executor: str) -> dict[str, str]:
-    """What latency may depend on beside what an environment's provenance says."""
-    facts = {"workers": str(workers), "max_batch": str(max_batch), "executor": executor}
+    """What an environment's provenance does not say: what latency may depend on, and the commit of what answers."""
+    facts = {"workers": str(workers), "max_batch": str(max_batch), "executor": executor, "git_commit": git_commit()}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         facts["torch"] = importlib.metadata.version("torch")
     return facts
@@ -299,6 +299,15 @@ def _warm(policy: Policy) -> Policy:
     if warm_up := getattr(policy, "warm_up", None):
         warm_up()
     return policy
+
+
+def _together(env: Mapping[str, str], facts: Mapping[str, str]) -> dict[str, str]:
+    """A result's provenance. The policy's commit is that of `facts`; an environment of another one was started later,
+    or elsewhere, and its own is "env_git_commit".
+    """
+    commit = env.get("git_commit", "")
+    apart = {"env_git_commit": commit} if commit not in ("", facts.get("git_commit")) else {}
+    return {**env, **facts, **apart}
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from sim.ledger import Progress
 from sim.results import EpisodeResult, RunFile
 from sim.rollout import rollout
 from sim.schedule import episode_keys
+from sim.versions import git_commit
 
 CONFIG = EvalConfig(policy="counting", cameras=(), step_limit=4)
 KEYS = episode_keys("libero_object", (0,), range(4))
@@ -96,6 +97,8 @@ def test_a_shared_policy_answers_from_one_thread_and_every_step_is_kept(tmp_path
         assert episode.flags["reused"] == {"mean": pytest.approx((steps - 2) / steps), "n": steps}
         assert episode.flags["reason"] == {"counts": {"False": steps - 2, "True": 2}}
         assert {"mujoco", "renderer", "workers"} <= set(episode.provenance)
+        commits = episode.provenance["git_commit"], episode.provenance["env_git_commit"]
+        assert commits == (git_commit(), "of the toy")
 
 
 def test_a_policy_answers_one_episode_a_call_unless_told_otherwise(tmp_path: Path) -> None:
@@ -171,6 +174,7 @@ def test_the_expert_runs_beside_its_environment_and_equals_its_rollout(tmp_path:
     np.testing.assert_array_equal(second.actions, expected.actions)
     assert second.flags["phase"] == {"counts": {"approach": 6}}
     assert {"mujoco", "robosuite", "git_commit"} <= set(second.provenance)
+    assert "env_git_commit" not in second.provenance
 
 
 def test_the_expert_goes_to_what_each_shuffled_episode_asks_for() -> None:
