@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.checkpoint import save_checkpoint
+from mllm.checkpoint import replace_checkpoint
 from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig
 from mllm.training.data import Batch, Frames, find_demonstrations, held_out, load_demonstrations, names_by_word
@@ -190,16 +190,19 @@ class Trainer:
         return sums
 
     def save(self) -> None:
-        """Writes the state, the averaged model as a checkpoint, and the curves."""
+        """Writes the averaged model as a checkpoint, the state, and the curves.
+
+        The state comes after what it says is done: a run that a kill ends between the two writes both again.
+        """
         assert self.progress is not None
-        facts = {"step": self.step, "config": json.loads(self.config.to_json()), "data": self.digest}
-        save_state(self.folder, self.learner, self.average, self.optimisers, facts)
         model = self.average.model
         if self.config.lora_rank:
             from mllm.training.lora import merged
 
             model = merged(model)
-        save_checkpoint(self.folder / "checkpoint", model, self.tokenizer)
+        replace_checkpoint(self.folder / "checkpoint", model, self.tokenizer)
+        facts = {"step": self.step, "config": json.loads(self.config.to_json()), "data": self.digest}
+        save_state(self.folder, self.learner, self.average, self.optimisers, facts)
         self.progress.checked(self.step, self.validate())
 
 
