@@ -20,7 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mllm.checkpoint import replace_checkpoint
 from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig
-from mllm.training.data import Batch, Frames, find_demonstrations, held_out, load_demonstrations, names_by_word
+from mllm.training.data import (
+    Batch,
+    Frames,
+    count_episodes,
+    find_demonstrations,
+    held_out,
+    load_demonstrations,
+    names_by_word,
+)
 from mllm.training.learner import Learner
 from mllm.training.optimiser import make_optimisers, rate_share
 from mllm.training.progress import Progress
@@ -53,6 +61,9 @@ class Trainer:
         paths = find_demonstrations(config.data)
         say(f"reading {len(paths)} demonstrations")
         demos, self.digest = load_demonstrations(paths)
+        # A folder that is named twice weighs twice and holds what it holds.
+        once = dict(zip(paths, demos, strict=True)).values()
+        self.learned = count_episodes(demo for demo in once if not held_out(demo, config.validation))
         if facts is not None:
             self._check_same(facts)
         model, self.tokenizer = make_model(config, demos, say)
@@ -201,7 +212,8 @@ class Trainer:
 
             model = merged(model)
         replace_checkpoint(self.folder / "checkpoint", model, self.tokenizer)
-        facts = {"step": self.step, "config": json.loads(self.config.to_json()), "data": self.digest}
+        config = json.loads(self.config.to_json())
+        facts = {"step": self.step, "config": config, "data": self.digest, "learned": self.learned}
         save_state(self.folder, self.learner, self.average, self.optimisers, facts)
         self.progress.checked(self.step, self.validate())
 
