@@ -175,11 +175,13 @@ def collect(
     workers: int = 2,
     progress: Callable[[Progress], None] = lambda _: None,
     episode_limit: float = 600.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Collects what is missing in `out`, see `sim.dataset` for what lies where, and returns how it went.
 
     An episode that raises, takes longer than `episode_limit` seconds, or takes its process with it is an error in the
     manifest, and tried again by the next run; one that fails is not.
+    stop: asked after every episode; what others are at is then given up.
     Raises ConfigurationError: other settings than the folder's, a folder in use, or a task that the expert cannot do.
     Raises PolicyError: a policy that cannot be made, or a damaged file in the folder.
     Raises OSError: a file cannot be written. Whatever it raises, finished episodes stay.
@@ -203,6 +205,8 @@ def collect(
                     folder.record(attempt)
                     state = state.after(attempt, time.monotonic() - started)
                     progress(state)
+                    if stop():
+                        break
         finally:
             folder.summarise()
     return state
