@@ -51,7 +51,8 @@ def play_through_ros(env: EnvConfig, policy: str, options: Mapping[str, Any], ke
 
     timing: "policy", "physics" and "render" as in a rollout; "gate" and "transport" are what ROS adds.
     """
-    started = now()
+    # The graph's processes start now: what is committed while they play is not what answers.
+    started, made = now(), circumstances(workers=1, max_batch=1, executor="ros")
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.npz"
         overrides = graph_overrides(env, policy, options, key)
@@ -72,7 +73,7 @@ def play_through_ros(env: EnvConfig, policy: str, options: Mapping[str, Any], ke
         finished=now(),
         actions=actions,
         timing=_timing(session, len(actions)),
-        provenance={**circumstances(workers=1, max_batch=1, executor="ros"), **facts},
+        provenance={**facts, **made},
         error=(outcome.facts.get("error") or "the bridge gave no reason") if outcome.outcome == "error" else None,
     )
 

@@ -8,7 +8,9 @@ configuration's shapes are compared with the files' headers before a weight is a
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,27 @@ def save_checkpoint(folder: str | Path, model: VLA, tokenizer: Tokenizer, shard_
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def replace_checkpoint(folder: Path, model: VLA, tokenizer: Tokenizer) -> None:
+    """`save_checkpoint` beside `folder`, and then in its place: a full disk or a kill leaves the old one, and a kill
+    between two renames none. Raises OSError: it cannot be written.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
+    for left_by_a_kill in (new, old):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    try:
+        save_checkpoint(new, model, tokenizer)
+        for path in new.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(error.errno, f"{error.strerror or error}: {folder} was not written") from error
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], packed: Mapping[str, Any]) -> None:

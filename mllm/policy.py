@@ -171,6 +171,11 @@ class HoldPolicy:
         return ActionStep(action=np.array([0, 0, 0, 0, 0, 0, -1], np.float32))
 
 
+def provenance_of(policy: Policy | None) -> dict[str, str]:
+    """What a policy says about itself in its optional attribute `provenance`; empty where it says nothing."""
+    return {str(name): str(value) for name, value in (getattr(policy, "provenance", None) or {}).items()}
+
+
 def policy_names() -> list[str]:
     """Names of every installed policy, sorted."""
     return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)})

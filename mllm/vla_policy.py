@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from mllm.actions import ActionStatistics, ActionTokens, gripper_to_command
 from mllm.compress import CompressConfig
 from mllm.config import VLAConfig, named_config
 from mllm.decoder import TokenHook
+from mllm.digest import DIGEST, weights_digest
 from mllm.engine import compile_model
 from mllm.errors import PolicyError
 from mllm.flops import step_flops, visual_flops
@@ -109,6 +110,11 @@ class VLAPolicy:
         self._compress, self._hooked, self._flops = config, False, {}
         if self._episode is not None and self._rehearses:
             self._rehearse(self._episode.text)
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """Which weights answer; see `mllm.digest`."""
+        return {DIGEST: weights_digest(self.model)}
 
     def configure(self, compress: str | Mapping[str, Any] | None = None, keep: int | None = None) -> None:
         """See `mllm.policy.Tunable` and `mini_policy`; what is not named stays as it is."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm.policy import ActionStep, BatchedPolicy, Observation, make_policy
+from mllm.policy import ActionStep, BatchedPolicy, Observation, make_policy, provenance_of
 from sim.batching import is_batched
 from sim.errors import ConfigurationError
 from sim.tasks import SHUFFLED_SUITES, SUITES, TaskSpec, possible, suite_tasks
@@ -25,6 +25,10 @@ class Ablated:
         self.action_spec = made.action_spec
         self.render = dict(getattr(made, "render", None) or {})
         self._episode: Any = None
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        return provenance_of(self._policy)
 
     def told(self, instruction: str) -> str:
         return instruction

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm.checkpoint import load_checkpoint
+from mllm.digest import DIGEST, weights_digest
 from mllm.hf_config import load_config
 from mllm.training.ship import CURVES, read_history
 from sim.errors import ConfigurationError
@@ -21,9 +23,10 @@ def write_card(checkpoint: Path, results: Sequence[Side], ablations: Mapping[str
     """Writes README.md into the checkpoint's folder and returns its path.
 
     results: runs with this checkpoint as it is.  ablations: what was taken away -> such a run.
-    Raises ConfigurationError: a run is empty.
+    Raises ConfigurationError: a run is empty, or was not played with the weights of this checkpoint.
     """
     config = load_config(checkpoint)
+    check_weights(checkpoint, [*results, *ablations.values()])
     runs = read_history(checkpoint)
     played = [episodes(side) for side in results]
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
@@ -60,6 +63,20 @@ def write_card(checkpoint: Path, results: Sequence[Side], ablations: Mapping[str
     path = checkpoint / "README.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def check_weights(checkpoint: Path, sides: Sequence[Side]) -> None:
+    """Raises ConfigurationError where a run was played with other weights than the checkpoint's, or does not say."""
+    here = weights_digest(load_checkpoint(checkpoint)[0])
+    for side in sides:
+        with RunFile(side.path) as run:
+            played = run.configurations()[side.variant]["policy"].get("provenance", {}).get(DIGEST)
+        if played != here:
+            name = f"{side.path}:{side.variant}" if side.variant else str(side.path)
+            other = f"was played with weights {played}" if played else "does not say with which weights it was played"
+            raise ConfigurationError(
+                f"{name} {other}, and {checkpoint} holds {here}: evaluate this checkpoint into another file"
+            )
 
 
 def episodes(side: Side) -> list[EpisodeResult]:

@@ -82,9 +82,11 @@ class CollectConfig:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What all episodes of one folder have in common."""
+        """What all episodes of one folder have in common. Raises PolicyError: the policy cannot be made."""
         varying = ("tasks", "episodes", "seed", "turn")
-        return {name: value for name, value in asdict(self).items() if name not in varying}
+        settings = {name: value for name, value in asdict(self).items() if name not in varying}
+        said = self.policy.provenance() if self.policy else {}
+        return {**settings, "policy_provenance": said} if said else settings
 
 
 @dataclass(frozen=True)
@@ -173,20 +175,22 @@ def collect(
     workers: int = 2,
     progress: Callable[[Progress], None] = lambda _: None,
     episode_limit: float = 600.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Collects what is missing in `out`, see `sim.dataset` for what lies where, and returns how it went.
 
     An episode that raises, takes longer than `episode_limit` seconds, or takes its process with it is an error in the
     manifest, and tried again by the next run; one that fails is not.
+    stop: asked after every episode; what others are at is then given up.
     Raises ConfigurationError: other settings than the folder's, a folder in use, or a task that the expert cannot do.
     Raises PolicyError: a policy that cannot be made, or a damaged file in the folder.
     Raises OSError: a file cannot be written. Whatever it raises, finished episodes stay.
     """
     if workers < 1:
         raise ConfigurationError(f"workers is {workers}: it must be at least 1")
-    folder = SuiteFolder(out, config.suite)
+    folder, settings = SuiteFolder(out, config.suite), config.settings()
     with folder.locked():
-        folder.begin(config.settings(), config.tasks)
+        folder.begin(settings, config.tasks)
         units = [[job for job in unit if not folder.finished(*job)] for unit in _turns(config)]
         total = config.episodes * len(config.tasks)
         before = total - sum(map(len, units))
@@ -201,6 +205,8 @@ def collect(
                     folder.record(attempt)
                     state = state.after(attempt, time.monotonic() - started)
                     progress(state)
+                    if stop():
+                        break
         finally:
             folder.summarise()
     return state

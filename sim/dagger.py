@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm.policy import ActionSpec, Observation, check_action, make_policy
+from mllm.policy import ActionSpec, Observation, check_action, make_policy, provenance_of
 from sim.errors import ConfigurationError
 
 
@@ -31,6 +31,10 @@ class PolicyMix:
             raise ConfigurationError(f"PolicyMix.beta is {self.beta}: it must be from 0 to 1")
         if not 1 <= self.stretch[0] <= self.stretch[1]:
             raise ConfigurationError(f"PolicyMix.stretch is {self.stretch}: it must be two counts of steps, from 1 on")
+
+    def provenance(self) -> dict[str, str]:
+        """What the policy says about itself, such as which weights it has. Raises PolicyError: it cannot be made."""
+        return provenance_of(make_policy(self.policy, **self.options))
 
 
 class MixedPolicy:

@@ -65,7 +65,9 @@ def run_rounds(
         if number:
             checkpoint = runs / run.name / "checkpoint"
             folder = runs / first.name / "dagger" / f"round-{number}"
-            play(checkpoint, config, number, folder, report)
+            play(checkpoint, config, number, folder, report, stop)
+            if stop():
+                return None
             run = replace(
                 run,
                 name=f"{first.name}-dagger-{number}",
@@ -81,8 +83,15 @@ def run_rounds(
     return runs / run.name / "checkpoint"
 
 
-def play(checkpoint: Path, config: DaggerConfig, number: int, folder: Path, report: Callable[[Progress], None]) -> None:
-    """Collects one round's episodes under `folder`. Raises PolicyError: an episode ended in an error."""
+def play(
+    checkpoint: Path,
+    config: DaggerConfig,
+    number: int,
+    folder: Path,
+    report: Callable[[Progress], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Collects one round's episodes under `folder`, until `stop` says so. Raises PolicyError: one ended in an error."""
     render = load_config(checkpoint).render
     options = {"checkpoint": str(checkpoint), "threads": 1}
     for suite in config.suites:
@@ -95,6 +104,8 @@ def play(checkpoint: Path, config: DaggerConfig, number: int, folder: Path, repo
             policy=PolicyMix("mini", options, config.beta),
             **render,  # type: ignore[arg-type]
         )
-        end = collect(collecting, folder, config.workers, report)
+        end = collect(collecting, folder, config.workers, report, stop=stop)
         if end.errors:
             raise PolicyError(f"{end.errors} episodes ended in an error; {folder / suite / 'manifest.json'} says why")
+        if stop():
+            return

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from mllm.policy import BatchedPolicy, Policy, make_policy
+from mllm.policy import BatchedPolicy, Policy, make_policy, provenance_of
 from sim.batching import SharedPolicy, is_batched
 from sim.crew import Crew
 from sim.env import EnvConfig, LiberoEnv
@@ -31,7 +31,7 @@ from sim.rollout import Environment, rollout
 from sim.schedule import make_blocks
 from sim.step_log import StepLog, encode_video
 from sim.supervisor import SupervisedEnv
-from sim.versions import package_versions
+from sim.versions import git_commit, package_versions
 from sim.world import select_gl
 
 EXPERT = "expert"
@@ -84,9 +84,9 @@ class EvalConfig:
         known = dataclasses.asdict(env)
         for name in ("suite", "task", "seed"):  # part of every episode's key
             del known[name]
-        versions = package_versions()
+        versions, said = package_versions(), provenance_of(policy)
         return {
-            "policy": {"name": self.policy, "options": dict(self.options), **_policy_facts(policy)},
+            "policy": {"name": self.policy, "options": dict(self.options), **({"provenance": said} if said else {})},
             "env": known,
             "versions": {name: versions[name] for name in ("mujoco", "robosuite", "libero")},
         }
@@ -177,7 +177,7 @@ class RolloutPlayer:
             actions=episode.actions,
             timing=stages,
             flags=summarise_flags(log.flags[: episode.steps]),
-            provenance={**self._facts, **episode.provenance},
+            provenance=_together(episode.provenance, self._facts),
             error=episode.error,
             video=encode_video(log.frames) if log.frames and episode.outcome != "success" else None,
         )
@@ -201,8 +201,8 @@ def now() -> str:
 
 
 def circumstances(workers: int, max_batch: int, executor: str) -> dict[str, str]:
-    """What latency may depend on beside what an environment's provenance says."""
-    facts = {"workers": str(workers), "max_batch": str(max_batch), "executor": executor}
+    """What an environment's provenance does not say: what latency may depend on, and the commit of what answers."""
+    facts = {"workers": str(workers), "max_batch": str(max_batch), "executor": executor, "git_commit": git_commit()}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         facts["torch"] = importlib.metadata.version("torch")
     return facts
@@ -301,10 +301,13 @@ def _warm(policy: Policy) -> Policy:
     return policy
 
 
-def _policy_facts(policy: Policy | None) -> dict[str, Any]:
-    """What a policy says about itself in its optional attribute `provenance` (a checkpoint's digest)."""
-    facts = dict(getattr(policy, "provenance", None) or {})
-    return {"provenance": {str(name): str(value) for name, value in facts.items()}} if facts else {}
+def _together(env: Mapping[str, str], facts: Mapping[str, str]) -> dict[str, str]:
+    """A result's provenance. The policy's commit is that of `facts`; an environment of another one was started later,
+    or elsewhere, and its own is "env_git_commit".
+    """
+    commit = env.get("git_commit", "")
+    apart = {"env_git_commit": commit} if commit not in ("", facts.get("git_commit")) else {}
+    return {**env, **facts, **apart}
 
 
 def _plain(value: Any) -> Any:

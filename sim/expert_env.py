@@ -17,9 +17,11 @@ class ExpertEnv(LiberoEnv):
     _expert: Policy | None = None
 
     def expert_reset(self, instruction: str) -> None:
-        """Starts an episode of the expert. Raises ConfigurationError: it cannot do this task."""
-        if self._expert is None:
-            self._expert = make_expert(self)
+        """Starts an episode of an expert for the goal that the last reset drew.
+
+        Raises ConfigurationError: it cannot do this task.
+        """
+        self._expert = make_expert(self)
         self._expert.reset(instruction)
 
     def expert_act(self) -> ActionStep:

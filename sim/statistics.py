@@ -13,7 +13,18 @@ from sim.errors import ConfigurationError
 from sim.results import EpisodeKey, EpisodeResult, RunFile, differences, summarise_seconds
 
 # In an episode's provenance: what latency, or a last bit, may depend on, while success may still be compared.
-CIRCUMSTANCES = ("cpu", "gl_renderer", "git_commit", "numpy", "python", "torch", "workers", "max_batch", "executor")
+CIRCUMSTANCES = (
+    "cpu",
+    "gl_renderer",
+    "git_commit",
+    "env_git_commit",
+    "numpy",
+    "python",
+    "torch",
+    "workers",
+    "max_batch",
+    "executor",
+)
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

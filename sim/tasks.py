@@ -146,7 +146,10 @@ def asked(task: TaskSpec, start: object, seed: int) -> TaskSpec:
     if start != "shuffled":
         return task
     others = possible(task)
-    return replace(task, language=others[int(np.random.default_rng([seed, 2]).integers(len(others)))].language)
+    # By the task too, or one seed would ask for the same place in every task's list. (The 2 keeps draws for different
+    # purposes apart; numpy fills seeds up with zeros.)
+    rng = np.random.default_rng([seed, SUITES.index(task.suite), task.index, 2])
+    return replace(task, language=others[int(rng.integers(len(others)))].language)
 
 
 def load_init_states(task: TaskSpec) -> np.ndarray:

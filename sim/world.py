@@ -187,7 +187,7 @@ class World:
         if init_state is not None:
             self.domain.sim.set_state_from_flattened(init_state)
         if exchanged:
-            self._exchange(np.random.default_rng([seed, 1]))
+            self._exchange(np.random.default_rng([seed, 0, 0, 1]))
         self.domain.parsed_problem["goal_state"] = [
             [predicate, item or own, *rest] for predicate, own, *rest in self._goal
         ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,6 +143,22 @@ def load_demonstrations(paths: Sequence[Path]) -> tuple[list[Demonstration], str
         digest.update(np.ascontiguousarray(demo.actions).tobytes())
         demos.append(demo)
     return demos, digest.hexdigest()
+
+
+def source_of(demo: Demonstration) -> str:
+    """Its source, but for beginnings: the expert's failures are not kept, so what ended without success was cut."""
+    return "beginnings" if demo.source == "expert" and not demo.success else demo.source
+
+
+def count_episodes(demos: Iterable[Demonstration]) -> list[dict[str, Any]]:
+    """How many episodes of each suite and source, and their first and last seed, as JSON can hold it."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for demo in demos:
+        seeds.setdefault((demo.suite, source_of(demo)), []).append(demo.seed)
+    return [
+        {"suite": suite, "source": source, "episodes": len(own), "seeds": [min(own), max(own)]}
+        for (suite, source), own in sorted(seeds.items())
+    ]
 
 
 def names_by_word(demos: Sequence[Demonstration], tokenizer: Tokenizer) -> dict[int, str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mllm.checkpoint import load_checkpoint, save_checkpoint, write_json
-from mllm.demonstrations import Demonstration, read_demonstration
+from mllm.demonstrations import read_demonstration
 from mllm.errors import PolicyError
-from mllm.training.data import find_demonstrations
+from mllm.training.data import find_demonstrations, source_of
 from mllm.training.state import read_facts
 
 FILE = "training.json"
@@ -47,16 +48,7 @@ def history(run: Path, known: dict[Path, tuple[str, str]] | None = None) -> list
     if config["init"]:
         start = Path(config["init"])
         before = history(start.parent, known) if read_facts(start.parent) else read_history(start)
-    # A folder that is named twice weighs twice and holds what it holds.
-    paths = find_demonstrations(list(dict.fromkeys(config["data"])))
-    for path in paths:
-        if path not in known:
-            demo = read_demonstration(path)
-            known[path] = demo.suite, _source(demo)
-    counted = Counter(known[path] for path in paths)
-    learned = [
-        {"suite": suite, "source": source, "episodes": count} for (suite, source), count in sorted(counted.items())
-    ]
+    learned = facts["learned"] if "learned" in facts else _count(config["data"], known)
     # Folders say nothing to anybody else.
     told = {key: value for key, value in config.items() if key not in ("data", "init", "name")}
     started = before[-1]["name"] if before else Path(config["init"]).parent.name
@@ -64,9 +56,15 @@ def history(run: Path, known: dict[Path, tuple[str, str]] | None = None) -> list
     return [*before, {**named, **told}]
 
 
-def _source(demo: Demonstration) -> str:
-    """The expert's failures are not kept: what ended without success was cut."""
-    return "beginnings" if demo.source == "expert" and not demo.success else demo.source
+def _count(folders: Sequence[str], known: dict[Path, tuple[str, str]]) -> list[dict[str, Any]]:
+    """What the state of an older version does not say: the episodes in the folders now, held out or not."""
+    paths = find_demonstrations(list(dict.fromkeys(folders)))
+    for path in paths:
+        if path not in known:
+            demo = read_demonstration(path)
+            known[path] = demo.suite, source_of(demo)
+    counted = Counter(known[path] for path in paths)
+    return [{"suite": suite, "source": source, "episodes": count} for (suite, source), count in sorted(counted.items())]
 
 
 def read_history(checkpoint: Path) -> list[dict[str, Any]]:

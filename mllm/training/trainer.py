@@ -17,10 +17,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.checkpoint import save_checkpoint
+from mllm.checkpoint import replace_checkpoint
 from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig
-from mllm.training.data import Batch, Frames, find_demonstrations, held_out, load_demonstrations, names_by_word
+from mllm.training.data import (
+    Batch,
+    Frames,
+    count_episodes,
+    find_demonstrations,
+    held_out,
+    load_demonstrations,
+    names_by_word,
+)
 from mllm.training.learner import Learner
 from mllm.training.optimiser import make_optimisers, rate_share
 from mllm.training.progress import Progress
@@ -53,6 +61,9 @@ class Trainer:
         paths = find_demonstrations(config.data)
         say(f"reading {len(paths)} demonstrations")
         demos, self.digest = load_demonstrations(paths)
+        # A folder that is named twice weighs twice and holds what it holds.
+        once = dict(zip(paths, demos, strict=True)).values()
+        self.learned = count_episodes(demo for demo in once if not held_out(demo, config.validation))
         if facts is not None:
             self._check_same(facts)
         model, self.tokenizer = make_model(config, demos, say)
@@ -105,7 +116,7 @@ class Trainer:
         index = np.minimum(np.searchsorted(self.cumulated, drawn, side="right"), len(self.frames) - 1)
         share = index[self.rank :: self.ranks]
         batch = self.frames.batch(share, self.learner.model.config.chunk, self.tokenizer)
-        return batch, np.random.default_rng([config.seed, step, self.rank])
+        return batch, np.random.default_rng([config.seed, step, self.rank, 1])
 
     def _batches(self, until: int) -> Iterator[tuple[Batch, np.random.Generator]]:
         """Batches from the present step on, decoded in a thread of their own."""
@@ -190,16 +201,20 @@ class Trainer:
         return sums
 
     def save(self) -> None:
-        """Writes the state, the averaged model as a checkpoint, and the curves."""
+        """Writes the averaged model as a checkpoint, the state, and the curves.
+
+        The state comes after what it says is done: a run that a kill ends between the two writes both again.
+        """
         assert self.progress is not None
-        facts = {"step": self.step, "config": json.loads(self.config.to_json()), "data": self.digest}
-        save_state(self.folder, self.learner, self.average, self.optimisers, facts)
         model = self.average.model
         if self.config.lora_rank:
             from mllm.training.lora import merged
 
             model = merged(model)
-        save_checkpoint(self.folder / "checkpoint", model, self.tokenizer)
+        replace_checkpoint(self.folder / "checkpoint", model, self.tokenizer)
+        config = json.loads(self.config.to_json())
+        facts = {"step": self.step, "config": config, "data": self.digest, "learned": self.learned}
+        save_state(self.folder, self.learner, self.average, self.optimisers, facts)
         self.progress.checked(self.step, self.validate())
 
 

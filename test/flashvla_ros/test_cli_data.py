@@ -7,6 +7,8 @@ import json
 import pytest
 
 from flashvla_ros.cli import main
+from flashvla_ros.cli_data import Collect
+from flashvla_ros.cli_eval import Eval
 from mllm.demonstrations import write_demonstration
 
 
@@ -24,6 +26,12 @@ def test_a_collection_that_cannot_be_is_wrong_usage_and_writes_nothing(arguments
     assert main(["collect", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_by_default_no_start_is_both_trained_on_and_evaluated(tmp_path):
+    collected, played = Collect(tmp_path), Eval(draw="sampled").keys()
+    trained_on = range(collected.seed, collected.seed + collected.episodes)
+    assert not {key.seed for key in played} & set(trained_on)
 
 
 def test_export_writes_a_dataset_and_says_how_much(make_demonstration, tmp_path, capsys):

@@ -9,16 +9,23 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mllm.checkpoint import write_json
+from mllm.checkpoint import load_checkpoint, write_json
+from mllm.digest import DIGEST, weights_digest
 from sim.card import write_card
 from sim.errors import ConfigurationError
 from sim.results import EpisodeKey, EpisodeResult, RunFile
 from sim.statistics import Side, wilson
 
 
-def run_of(path, outcomes, variant=""):
+@pytest.fixture(scope="module")
+def said(tiny):
+    """What runs with `tiny` say of their policy."""
+    return {"name": "mini", "provenance": {DIGEST: weights_digest(load_checkpoint(tiny)[0])}}
+
+
+def run_of(path, outcomes, said, variant=""):
     with RunFile(path, write=True) as run:
-        run.configure(variant, {"policy": {"name": "mini"}})
+        run.configure(variant, {"policy": said})
         for state, outcome in enumerate(outcomes):
             run.add(
                 EpisodeResult(
@@ -37,7 +44,7 @@ def run_of(path, outcomes, variant=""):
     return Side(path, variant)
 
 
-def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
+def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, said, tmp_path):
     tiny = shutil.copytree(tiny, tmp_path / "checkpoint")
     write_json(
         tiny / "training.json",
@@ -54,9 +61,9 @@ def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
             ]
         },
     )
-    results = run_of(tmp_path / "main.sqlite", ["success", "success", "failure", "success", "error", "success"])
-    run_of(tmp_path / "main.sqlite", ["failure"] * 6, "another arm of the same file")
-    blind = run_of(tmp_path / "blind.sqlite", ["failure"] * 4)
+    results = run_of(tmp_path / "main.sqlite", ["success", "success", "failure", "success", "error", "success"], said)
+    run_of(tmp_path / "main.sqlite", ["failure"] * 6, {"name": "hold"}, "another arm of the same file")
+    blind = run_of(tmp_path / "blind.sqlite", ["failure"] * 4, said)
     text = write_card(tiny, [results], {"sight": blind}).read_text()
     low, high = (round(100 * bound) for bound in wilson(4, 5))
     assert f"| **all** | 5 (+1 errors) | 80.0 % | {low} - {high} % |" in text
@@ -67,6 +74,18 @@ def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, tmp_path):
     assert "- mujoco: 3.3.2" in text
 
 
-def test_a_card_without_episodes_is_refused(tiny, tmp_path):
+def test_a_card_without_episodes_is_refused(tiny, said, tmp_path):
     with pytest.raises(ConfigurationError, match="holds no episode"):
-        write_card(tiny, [run_of(tmp_path / "empty.sqlite", [])], {})
+        write_card(tiny, [run_of(tmp_path / "empty.sqlite", [], said)], {})
+
+
+def test_a_card_of_other_weights_or_of_unknown_ones_is_refused(tiny, said, tmp_path):
+    own = run_of(tmp_path / "own.sqlite", ["success"], said)
+    here = said["provenance"][DIGEST]
+    other = run_of(tmp_path / "other.sqlite", ["success"], {"name": "mini", "provenance": {DIGEST: "abc"}}, "arm")
+    with pytest.raises(ConfigurationError, match=rf"other.sqlite:arm was played with weights abc, .* holds {here}"):
+        write_card(tiny, [own, other], {})
+    old = run_of(tmp_path / "old.sqlite", ["success"], {"name": "mini"})
+    with pytest.raises(ConfigurationError, match=r"old\.sqlite does not say with which weights"):
+        write_card(tiny, [own], {"sight": old})
+    assert not (tiny / "README.md").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from mllm.demonstrations import demonstration_files, read_demonstration
 from sim.collect import CollectConfig, collect
+from sim.dagger import PolicyMix
 from sim.errors import ConfigurationError
 
 CONFIG = CollectConfig(
@@ -33,6 +35,7 @@ def test_a_collection_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_p
     code = f"""
 from pathlib import Path
 from sim.collect import CollectConfig, collect
+from sim.dagger import PolicyMix
 collect({CONFIG!r}, Path({str(killed)!r}), 1, lambda state: print(state.done, flush=True))
 """
     code = "from sim.collect import *; from sim.executor import Noise\n" + code
@@ -65,3 +68,17 @@ def test_cut_episodes_are_kept_and_ask_for_what_their_seed_draws(tmp_path):
     assert collect(config, tmp_path).before == 4
     with pytest.raises(ConfigurationError, match="cut is 0: it must be at least 1"):
         replace(config, cut=0)
+
+
+def test_a_collection_with_a_policy_is_not_gone_on_with_by_other_weights(tiny, tmp_path):
+    pytest.importorskip("torch")
+    from mllm.checkpoint import load_checkpoint, save_checkpoint
+    from mllm.vla import init_random
+
+    policy, out = shutil.copytree(tiny, tmp_path / "policy"), tmp_path / "out"
+    config = replace(CONFIG, episodes=1, cut=2, policy=PolicyMix(str(policy), beta=0.0))
+    assert collect(config, out, workers=1).cut == 1
+    model, tokenizer = load_checkpoint(policy)
+    save_checkpoint(policy, init_random(model, 1), tokenizer)
+    with pytest.raises(ConfigurationError, match=r"collected with policy_provenance {'weights_sha256'"):
+        collect(replace(config, episodes=2), out, workers=1)

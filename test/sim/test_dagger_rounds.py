@@ -20,15 +20,24 @@ from sim.errors import ConfigurationError
 CHANGE = {"decoding": "slots", "chunk": 8, "head": "regression", "execute": 8, "proprio": ["eef_pos"]}
 
 
-def test_a_round_collects_with_the_last_policy_and_trains_on_both(tiny, demonstrations, tmp_path):
+def test_a_round_collects_with_the_last_policy_stops_when_asked_and_trains_on_both(tiny, demonstrations, tmp_path):
     first = TrainConfig(
         "run", (str(demonstrations),), init=str(tiny), change=CHANGE, steps=2, batch=4, validation=0.0, threads=1
     )
-    config = DaggerConfig(("libero_spatial",), tasks=(0,), rounds=1, episodes=1, steps=2, weight=2.0, workers=1)
+    config = DaggerConfig(("libero_spatial",), tasks=(0,), rounds=1, episodes=2, steps=2, weight=2.0, workers=1)
+    played = []
+
+    def note(progress):
+        played.extend([progress] if progress.done else [])
+
+    assert run_rounds(first, config, tmp_path, lambda line: None, note, lambda: bool(played)) is None
+    (manifest,) = (tmp_path / "run" / "dagger").rglob("manifest.json")
+    task = json.loads(manifest.read_text())["tasks"]["0"]
+    assert (len(played), task["demonstrations"], task["errors"]) == (1, 1, {})
+    assert not (tmp_path / "run-dagger-1").exists()
     last = run_rounds(first, config, tmp_path, lambda line: None, lambda progress: None)
     assert last == tmp_path / "run-dagger-1" / "checkpoint"
-    (episode,) = (tmp_path / "run" / "dagger").rglob("seed_*.hdf5")
-    demo = read_demonstration(episode)
+    demo, _ = map(read_demonstration, sorted((tmp_path / "run" / "dagger").rglob("seed_*.hdf5")))
     assert (demo.source, demo.seed) == ("dagger", SEEDS_OF_ROUND)
     assert demo.provenance["image_size"] == "32"
     assert run_rounds(first, config, tmp_path, lambda line: None, lambda progress: None) == last
@@ -37,7 +46,7 @@ def test_a_round_collects_with_the_last_policy_and_trains_on_both(tiny, demonstr
     runs = read_history(tmp_path / "shipped")
     assert [run["name"] for run in runs] == ["run", "run-dagger-1"]
     assert runs[1]["init"] == "run"
-    assert {item["source"]: item["episodes"] for item in runs[1]["demonstrations"]} == {"expert": 6, "dagger": 1}
+    assert {item["source"]: item["episodes"] for item in runs[1]["demonstrations"]} == {"expert": 6, "dagger": 2}
     assert str(tmp_path) not in json.dumps(runs)
     assert load_config(tmp_path / "shipped") == load_config(last)
 

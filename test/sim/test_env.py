@@ -208,7 +208,9 @@ def test_shuffled_objects_exchange_places_and_the_basket_stays(objects: LiberoEn
     np.testing.assert_allclose(before.pop("basket_1"), after.pop("basket_1"), atol=2e-3)
     sampled, shuffled = np.array(list(before.values())), np.array(list(after.values()))
     apart = np.linalg.norm(sampled[:, None, :2] - shuffled[None, :, :2], axis=2)
-    assert sorted(apart.argmin(0)) == list(range(len(sampled)))
+    # A draw of its own: [1, 1, 0], as numpy has [1, 1], disturbs demonstrations of this task.
+    expected = np.random.default_rng([1, 0, 0, 1]).permutation(len(sampled))
+    np.testing.assert_array_equal(apart.argmin(0), expected)
     assert apart.min(0).max() < 0.02
     assert (np.diag(apart) > 0.05).sum() >= 2
     np.testing.assert_allclose(sampled[:, 2], shuffled[:, 2], atol=5e-3)

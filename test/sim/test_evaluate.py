@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,12 @@ from mllm.policy import ActionSpec, ActionStep, HoldPolicy, Observation
 from sim.env import EnvConfig, LiberoEnv
 from sim.errors import ConfigurationError, SimError
 from sim.evaluate import EvalConfig, Execution, evaluate
+from sim.expert_env import ExpertEnv
 from sim.ledger import Progress
 from sim.results import EpisodeResult, RunFile
 from sim.rollout import rollout
 from sim.schedule import episode_keys
+from sim.versions import git_commit
 
 CONFIG = EvalConfig(policy="counting", cameras=(), step_limit=4)
 KEYS = episode_keys("libero_object", (0,), range(4))
@@ -94,6 +97,8 @@ def test_a_shared_policy_answers_from_one_thread_and_every_step_is_kept(tmp_path
         assert episode.flags["reused"] == {"mean": pytest.approx((steps - 2) / steps), "n": steps}
         assert episode.flags["reason"] == {"counts": {"False": steps - 2, "True": 2}}
         assert {"mujoco", "renderer", "workers"} <= set(episode.provenance)
+        commits = episode.provenance["git_commit"], episode.provenance["env_git_commit"]
+        assert commits == (git_commit(), "of the toy")
 
 
 def test_a_policy_answers_one_episode_a_call_unless_told_otherwise(tmp_path: Path) -> None:
@@ -169,6 +174,25 @@ def test_the_expert_runs_beside_its_environment_and_equals_its_rollout(tmp_path:
     np.testing.assert_array_equal(second.actions, expected.actions)
     assert second.flags["phase"] == {"counts": {"approach": 6}}
     assert {"mujoco", "robosuite", "git_commit"} <= set(second.provenance)
+    assert "env_git_commit" not in second.provenance
+
+
+def test_the_expert_goes_to_what_each_shuffled_episode_asks_for() -> None:
+    env = ExpertEnv(EnvConfig(suite="libero_object", task=0, cameras=(), settle_steps=0))
+    asked = set()
+    try:
+        for seed in range(4):
+            observation, _ = env.reset(seed=seed, options={"init_state": "shuffled"})
+            env.expert_reset(env.task.language)
+            env.expert_act()
+            world = env.privileged()
+            ((_, item, _),) = world.goal
+            hand, lies = observation["proprio"]["eef_pos"], world.data.xpos[world.body_ids[item]]
+            assert np.linalg.norm((hand + env._expert.targets[:3] - lies)[:2]) < 0.03
+            asked.add(item)
+    finally:
+        env.close()
+    assert len(asked) > 1
 
 
 def after_one(deed: Callable[[], None]) -> Callable[[Progress], None]:
@@ -221,6 +245,38 @@ def test_another_checkpoint_under_the_same_name_is_refused(tmp_path: Path) -> No
                 evaluate(tmp_path / "run", CONFIG, KEYS[:2], Execution(workers=1), policy)
         else:
             evaluate(tmp_path / "run", CONFIG, KEYS[:1], Execution(workers=1), policy)
+
+
+def test_a_checkpoint_that_was_trained_anew_under_its_name_is_refused(tiny: Path, tmp_path: Path) -> None:
+    from mllm.checkpoint import load_checkpoint, save_checkpoint
+    from mllm.vla import init_random
+
+    folder, run, cameras = tmp_path / "policy", tmp_path / "run", ("agentview", "robot0_eye_in_hand")
+    shutil.copytree(tiny, folder)
+    plain = EvalConfig(policy=str(folder), cameras=cameras, step_limit=1)
+    beneath = {"policy": str(folder), "options": {}}
+    configs = {"": plain, "blind": dataclasses.replace(plain, policy="blind", options=beneath)}
+    configs["reuse"] = dataclasses.replace(plain, options={"reuse": "gated"})
+    keys = [dataclasses.replace(KEYS[0], variant=variant) for variant in configs]
+    evaluate(run, configs, keys, Execution(workers=1))
+    with RunFile(run) as played:
+        said = [played.configurations()[variant]["policy"]["provenance"] for variant in configs]
+    assert [len(one["weights_sha256"]) for one in said] == [64] * 3
+    assert said[0] == said[1] == said[2]
+    model, tokenizer = load_checkpoint(folder)
+    save_checkpoint(folder, init_random(model, 1), tokenizer)
+    for variant, config in configs.items():
+        key = dataclasses.replace(KEYS[1], variant=variant)
+        with pytest.raises(ConfigurationError, match=rf"weights_sha256 was '{said[0]['weights_sha256']}', is '"):
+            evaluate(run, {variant: config}, [key], Execution(workers=1))
+
+
+def test_a_run_that_does_not_say_its_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    evaluate(tmp_path / "run", CONFIG, KEYS[:1], Execution(workers=1), CountingPolicy())
+    policy = CountingPolicy()
+    policy.provenance = {"weights_sha256": "aa"}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match=r"policy\.provenance was None, is {'weights_sha256': 'aa'}"):
+        evaluate(tmp_path / "run", CONFIG, KEYS[:2], Execution(workers=1), policy)
 
 
 def test_an_impossible_environment_stops_the_evaluation_with_its_reason(tmp_path: Path) -> None:

@@ -7,13 +7,34 @@ import numpy as np
 import pytest
 
 from sim.errors import ConfigurationError
-from sim.tasks import STEP_LIMITS, SUITES, find_task, load_init_states, suite_tasks
+from sim.tasks import (
+    SHUFFLED_SUITES,
+    STEP_LIMITS,
+    SUITES,
+    asked,
+    find_task,
+    load_init_states,
+    possible,
+    suite_tasks,
+)
 from sim.versions import PUBLISHED_MUJOCO, package_versions, warn_about_mujoco
 
 
 def test_the_suites_have_130_tasks_and_openvla_s_step_limits() -> None:
     assert [len(suite_tasks(suite)) for suite in SUITES] == [10, 10, 10, 10, 90]
     assert [STEP_LIMITS[suite] for suite in SUITES] == [220, 280, 300, 520, 400]
+
+
+@pytest.mark.parametrize("suite", SHUFFLED_SUITES)
+def test_two_seeds_of_shuffled_starts_ask_for_many_things(suite: str) -> None:
+    tasks = suite_tasks(suite)
+    assert len({asked(task, "shuffled", seed).language for task in tasks for seed in (20, 21)}) >= 5
+    for seed in range(20, 24):
+        told = [[other.language for other in possible(task)] for task in tasks]
+        words = [asked(task, "shuffled", seed).language for task in tasks]
+        places = {options.index(word) for options, word in zip(told, words, strict=True)}
+        assert len(places) > 1
+        assert asked(tasks[0], "sampled", seed) == tasks[0]
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -44,7 +44,8 @@ class ToyEnv:
         return np.zeros(1)
 
     def provenance(self) -> dict[str, str]:
-        return {"renderer": self.config.renderer if self.config.cameras else "none", "mujoco": "none"}
+        made = {"renderer": self.config.renderer if self.config.cameras else "none", "mujoco": "none"}
+        return {**made, "git_commit": "of the toy"}
 
     def close(self) -> None:
         pass

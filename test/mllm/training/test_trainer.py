@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from mllm.checkpoint import load_checkpoint  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.policy import Observation, make_policy  # noqa: E402
 from mllm.training.config import TrainConfig  # noqa: E402
@@ -61,6 +62,13 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(settings, tmp_p
     assert not torch.equal(one["learner.model.action_slots"], other["learner.model.action_slots"])
 
 
+def test_images_are_not_augmented_by_the_numbers_that_chose_them(settings, tmp_path):
+    trainer = Trainer(TrainConfig(**settings), tmp_path, silent)
+    augmentation = [trainer.batch(step)[1].random() for step in range(3)]
+    frames = [np.random.default_rng([0, step]).random() for step in range(3)]
+    assert len({*augmentation, *frames}) == 6
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_in_two_parts_equals_one_in_one(settings, tmp_path, precision):
     settings |= {"steps": 4, "batch": 2, "validation": 0.0, "precision": precision}  # bfloat16 may be slow
@@ -86,6 +94,28 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(settings, tmp_path):
     assert_equal(whole, load_file(tmp_path / "run" / "state.safetensors"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_a_kill_while_the_last_checkpoint_is_written_leaves_one_and_the_run_goes_on(settings, tmp_path):
+    settings["steps"] = 3
+    code = f"""
+import json, os, signal
+from pathlib import Path
+from mllm.training.config import TrainConfig
+from mllm.training.trainer import Trainer
+trainer = Trainer(TrainConfig(**json.loads({json.dumps(settings)!r})), Path({str(tmp_path)!r}), print)
+trainer.run(1)
+trainer.tokenizer.save = lambda folder: os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a checkpoint
+trainer.run()
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    folder = tmp_path / "run"
+    assert read_facts(folder)["step"] == 1
+    load_checkpoint(folder / "checkpoint")
+    trainer = trained(settings, tmp_path)
+    assert read_facts(folder)["step"] == 3
+    assert_equal(load_checkpoint(folder / "checkpoint")[0].state_dict(), trainer.average.model.state_dict())
+    assert not list(folder.glob(".checkpoint*"))
 
 
 def test_what_a_run_ships_is_a_policy_that_knows_how_it_was_shown_the_world(settings, tmp_path):
@@ -135,20 +165,24 @@ def test_a_damaged_state_is_an_error_that_names_it(settings, tmp_path):
         Trainer(TrainConfig(**settings), tmp_path, silent)
 
 
-def test_a_full_disk_is_an_error_and_keeps_the_last_state(settings, tmp_path):
+@pytest.mark.parametrize("what", ["checkpoint", r"state\.safetensors"])
+def test_a_full_disk_is_an_error_and_keeps_the_last_state_and_a_checkpoint(settings, tmp_path, what):
     trainer = trained(settings, tmp_path, until=2)
     before = state(trainer)
+    weights = (trainer.folder / "checkpoint" / "model.safetensors").stat().st_size
+    room = 20_000 if what == "checkpoint" else weights + 1000  # a state is several times as large
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"state\.safetensors was not written"):
+        with pytest.raises(OSError, match=f"{what} was not written"):
             trainer.run(3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
     assert_equal(before, state(trainer))
-    assert not list(trainer.folder.glob(".*.tmp"))
+    load_checkpoint(trainer.folder / "checkpoint")
+    assert not [*trainer.folder.glob(".*.tmp"), *trainer.folder.glob(".checkpoint*")]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(settings, tmp_path):
