@@ -21,6 +21,7 @@ from mllm.hf_config import CONFIG, STATISTICS, config_to_hf, load_config, read_j
 from mllm.tensor_file import FLOATS, Entry, read_header, read_into, read_metadata, write_tensors
 from mllm.tensor_names import Place, places
 from mllm.tokenizer import Tokenizer, load_tokenizer
+from mllm.vision import compute_buffers
 from mllm.vla import VLA
 from quant.checkpoint import HEADER, expect_, headers, read_headers, stored_tensors, unpack_
 from quant.errors import QuantError
@@ -58,6 +59,7 @@ def load_checkpoint(
         check_tensors(folder, wanted, model.state_dict(), files)
         model.to_empty(device=device)
         fill(model, wanted, files)
+        compute_buffers(model.vision_backbone, config)
         unpack_(model)
     except QuantError as error:
         raise PolicyError(f"the checkpoint in {folder}: {error}") from error

@@ -76,6 +76,18 @@ def test_the_safetensors_library_reads_what_we_write_and_we_read_what_it_writes(
     assert same(load_checkpoint(folder)[0], model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+@torch.no_grad()
+def test_towers_with_tables_that_no_file_has_see_the_same_when_loaded(tmp_path, name, dtype):
+    towers = TowerConfig(name, 112, 64, 3, 1), TowerConfig(name, 112, 32, 2, 1)
+    model = init_random(VLA(replace(SMALL, towers=towers)), 0).to(dtype).eval()
+    save_checkpoint(tmp_path, model, WordTokenizer())
+    images = torch.randn(1, 2, 6, 112, 112, dtype=dtype)
+    loaded, _ = load_checkpoint(tmp_path, dtype=dtype)
+    assert torch.equal(loaded.visual_tokens(images), model.visual_tokens(images))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_arrive_in_the_type_asked_for(model, folder, dtype):
     loaded, _ = load_checkpoint(folder, dtype=dtype)
