@@ -53,9 +53,14 @@ class Activation:
         """Scale, zero, mantissa, largest and sign, as kernels take them."""
         return self.scale, self.zero, self.format.mantissa, self.format.largest, self.format.signed
 
+    def constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scale and zero, float32, made where they are used: a CUDA graph records no copy from the host."""
+        scale, zero = (torch.full((), value, dtype=torch.float32, device=device) for value in (self.scale, self.zero))
+        return scale, zero
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers of x, float32 of its shape: what `quant.formats.quantise` multiplies by the scale."""
-        scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))
+        scale, zero = self.constants(x.device)
         return round_to_grid((x.float() - zero) / scale, self.format)
 
     def quantise(self, x: Tensor) -> Tensor:
@@ -87,6 +92,7 @@ class PackedLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
     sums: Tensor
+    table: Tensor | None
 
     def __init__(
         self,
@@ -145,8 +151,8 @@ class PackedLinear(nn.Module):
         if self.tiles.dtype is torch.bfloat16:
             return self.tiles.long()
         values = untile(self.tiles, shape).long()
-        if self.tiles.dtype is torch.uint8:
-            return _tables(self.formats).to(values.device)[self.choice[: shape[0], None].long(), values]
+        if self.table is not None:
+            return self.table[self.choice[: shape[0], None].long(), values].long()
         return sum(plane << 8 * place for place, plane in enumerate(values))
 
     def codes(self) -> Tensor:
@@ -201,7 +207,7 @@ class PackedLinear(nn.Module):
         if activation is None:
             return F.linear(x.float(), self.weight(), bias).to(x.dtype)
         total = F.linear(activation.integers(x).double(), self.integers().double()).float()
-        scale_x, zero = (torch.tensor(value, dtype=torch.float32) for value in (activation.scale, activation.zero))
+        scale_x, zero = activation.constants(scale.device)
         offset = scale * zero * self.sums[:count].float() + bias
         return (total * (scale * scale_x) + offset).to(x.dtype)
 
