@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -125,8 +126,12 @@ class TowerConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise PolicyError(f"TowerConfig.name is {self.name!r}: it must name a timm model, or be '{OWN_TOWER}'")
+        # timm takes "hf-hub:" and "local-dir:" before a name for leave to fetch a model, or to read a folder.
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.\-]+", self.name):
+            raise PolicyError(
+                f"TowerConfig.name is {str(self.name)[:80]!r}: it must name a timm model, in letters, digits, '_', "
+                f"'.' and '-', or be '{OWN_TOWER}'"
+            )
         check_sizes(self, {"image_size": (8, 1024), "width": (0, 8192), "depth": (0, 128), "heads": (0, 128)})
         check_sizes(self, {"mlp_width": (0, 65536)})
         for name in ("mean", "std"):
