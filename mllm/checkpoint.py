@@ -28,6 +28,8 @@ from quant.errors import QuantError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+# The one linear layer that is not called, but of whose weights rows are read.
+UNPACKED = "language_model.lm_head"
 # Tables that older versions of transformers saved, and every version computes.
 IGNORED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -49,7 +51,7 @@ def load_checkpoint(
     check_dtype(dtype)
     folder = find_folder(source, revision)
     config = load_config(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.decoder.vocab_size)
     files = find_tensors(folder)
     with torch.device("meta"):
         model = VLA(config).to(dtype).eval()
@@ -101,13 +103,18 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
 
 
 def find_packed(files: Mapping[str, tuple[Path, Entry]]) -> dict[str, Any]:
-    """What the files' headers say of layers that are quantised. Raises QuantError: two speak of one layer."""
+    """What the files' headers say of layers that are quantised.
+
+    Raises QuantError: two speak of one layer, or one of a layer that cannot be.
+    """
     found: dict[str, Any] = {}
     for path in sorted({path for path, _ in files.values()}):
         layers = read_headers(read_metadata(path).get(HEADER, "{}"))
         if twice := sorted(set(layers) & set(found)):
             raise QuantError(f"layer '{twice[0][:120]}' is in the header of two files")
         found |= layers
+    if UNPACKED in found:
+        raise QuantError(f"the header '{HEADER}' names '{UNPACKED}': the model reads rows of it, so store it unpacked")
     return found
 
 

@@ -136,8 +136,10 @@ class TowerConfig:
         check_sizes(self, {"mlp_width": (0, 65536)})
         for name in ("mean", "std"):
             value = tuple(getattr(self, name))
-            if len(value) != 3 or not all(isinstance(number, (int, float)) for number in value):
-                raise PolicyError(f"TowerConfig.{name} is {value!r}: it must be three numbers, one a colour")
+            if len(value) != 3 or not all(isinstance(number, (int, float)) and abs(number) <= 1000 for number in value):
+                raise PolicyError(
+                    f"TowerConfig.{name} is {str(value)[:80]}: it must be three numbers, one a colour, of 1000 at most"
+                )
             object.__setattr__(self, name, tuple(float(number) for number in value))
         if not all(number > 0 for number in self.std):
             raise PolicyError(f"TowerConfig.std is {self.std}: every number must be above 0")

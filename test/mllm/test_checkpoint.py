@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import subprocess
@@ -151,6 +152,11 @@ def test_the_published_configuration_is_openvla_7b():
         ({"norm_stats": {"x": {"action": {"q01": [1e999] * 7, "q99": [1.0] * 7}}}}, "must be finite"),
         ({"flashvla": {"run_this": "this"}}, "unknown parts: run_this"),
         ({"flashvla": {"towers": [{"name": "conv-vit", "image_size": 10**7}]}}, "image_size is 10000000"),
+        (
+            {"flashvla": {"towers": [{"name": "x", "mean": [0, 0, math.inf]}]}},
+            r"mean is \(0, 0, inf\): .* 1000 at most",
+        ),
+        ({"flashvla": {"towers": [{"name": "x", "std": [1, 1, 10**400]}]}}, r"std is \(1, 1, 1000.*: .* 1000 at most"),
         ({"flashvla": {"towers": [{"wheels": 4}]}}, "does not describe a TowerConfig"),
         ({"flashvla": {"decoding": "magic"}}, "decoding is 'magic'"),
     ],
@@ -287,12 +293,43 @@ def test_an_index_that_lies_is_an_error(folder, index, message):
         ("words.json", None, "lacks its tokenizer"),
         ("words.json", '{"a": 1}', "must be a list of words"),
         ("words.json", '["a", "a"]', "different words"),
+        ("words.json", "[" * 100_000, "words.json is not JSON"),
+        ("words.json", "[]" + " " * (16 << 20), "words.json has 16777218 bytes: at most 16777216 are read"),
+        ("words.json", json.dumps([f"w{i}" for i in range(398)]), "makes ids up to 400: the model's .* ends at 399"),
+        ("dataset_statistics.json", json.dumps({"x": {"action": {"q01": [10**400], "q99": [1]}}}), "must be finite"),
         ("dataset_statistics.json", '{"x": 3}', "action statistics must be an object"),
     ],
 )
 def test_a_folder_with_a_wrong_part_is_an_error_naming_it(folder, name, content, message):
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(PolicyError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff{}", "tokenizer.json is not JSON, for it is not UTF-8"),
+        (b"{}" + b" " * (16 << 20), "at most 16777216 are read"),
+        (
+            json.dumps({"model": {"type": "WordLevel", "vocab": {"<s>": 1, "go": 40_000}, "unk_token": "go"}}).encode(),
+            "makes ids up to 40000: the model's vocabulary ends at 399",
+        ),
+    ],
+    ids=["no text", "large", "ids"],
+)
+def test_a_wrong_tokenizer_of_llama_is_an_error_naming_its_file(folder, content, message):
+    (folder / "words.json").unlink()
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(PolicyError, match=message):
+        load_checkpoint(folder)
+
+
+def test_a_header_that_packs_the_head_is_an_error(folder):
+    path = folder / "model.safetensors"
+    header = {"language_model.lm_head": {"formats": ["E2M1"], "activation": None}}
+    safetensors.save_file(safetensors.load_file(path), path, metadata={"msfp": json.dumps(header)})
+    with pytest.raises(PolicyError, match=r"names 'language_model.lm_head': the model reads rows of it"):
         load_checkpoint(folder)
 
 
