@@ -126,6 +126,18 @@ def test_one_thread_gives_the_others_back_even_after_an_error():
         assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("decoding", DECODING)
+def test_the_longest_text_that_there_is_room_for_is_answered_and_one_word_more_is_an_error(decoding):
+    model = init_random(VLA(replace(TINY, decoding=decoding)), 3).eval()
+    room = 96 - 8 - 7 - (decoding == "full")  # visual tokens, the answer's, and the stop behind it
+    decoder, pixels = ActionDecoder(model), torch.zeros(1, 2, 3, 32, 32)
+    assert decoder.generate(pixels, [[1] * room]).shape == (1, 7)
+    with pytest.raises(
+        PolicyError, match=f"has {room + 1} words and 8 visual tokens: the model has room for {room + 8}"
+    ):
+        decoder.generate(pixels, [[1] * (room + 1)])
+
+
 BROKEN = {
     "a norm": lambda model: model.language_model.model.norm.weight.fill_(torch.nan),
     "a row of the head": lambda model: model.language_model.lm_head.weight[399].fill_(torch.inf),
