@@ -20,7 +20,7 @@ from mllm.errors import PolicyError
 from mllm.hf_config import CONFIG, STATISTICS, config_to_hf, load_config, read_json, statistics_to_hf
 from mllm.tensor_file import FLOATS, Entry, read_header, read_into, read_metadata, write_tensors
 from mllm.tensor_names import Place, places
-from mllm.tokenizer import Tokenizer, load_tokenizer
+from mllm.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from mllm.vision import compute_buffers
 from mllm.vla import VLA
 from quant.checkpoint import HEADER, expect_, headers, read_headers, stored_tensors, unpack_
@@ -166,7 +166,7 @@ def save_checkpoint(folder: str | Path, model: VLA, tokenizer: Tokenizer, shard_
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+    for old in (*folder.glob("model*.safetensors"), *(folder / name for name in (INDEX, *TOKENIZERS))):
         old.unlink(missing_ok=True)
     config = model.config
     write_json(folder / CONFIG, config_to_hf(config))

@@ -113,12 +113,15 @@ class LlamaTokenizer:
         (folder / self.FILE).write_text(self._text, encoding="utf-8")
 
 
+TOKENIZERS = WordTokenizer.FILE, LlamaTokenizer.FILE
+
+
 def load_tokenizer(folder: Path, ids: int) -> Tokenizer:
     """The tokenizer of a checkpoint's folder, for a model that knows so many ids.
 
     Raises PolicyError: it has none, or one that cannot be read or makes other ids.
     """
-    words, fast = folder / WordTokenizer.FILE, folder / LlamaTokenizer.FILE
+    words, fast = (folder / name for name in TOKENIZERS)
     if words.is_file():
         listed = read_any(words)
         if not isinstance(listed, list):
@@ -126,7 +129,7 @@ def load_tokenizer(folder: Path, ids: int) -> Tokenizer:
         return _fitting(WordTokenizer(listed), words, ids)
     if fast.is_file():
         return _fitting(LlamaTokenizer(fast), fast, ids)
-    raise PolicyError(f"{folder} has neither {WordTokenizer.FILE} nor {LlamaTokenizer.FILE}: it lacks its tokenizer")
+    raise PolicyError(f"{folder} has neither {' nor '.join(TOKENIZERS)}: it lacks its tokenizer")
 
 
 def _fitting(tokenizer: WordTokenizer | LlamaTokenizer, path: Path, ids: int) -> Tokenizer:

@@ -22,7 +22,7 @@ from mllm.config import OWN_TOWER, DecoderConfig, TowerConfig, VLAConfig, mini, 
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.hf_config import config_from_hf, config_to_hf  # noqa: E402
 from mllm.tensor_file import read_header  # noqa: E402
-from mllm.tokenizer import WordTokenizer  # noqa: E402
+from mllm.tokenizer import LlamaTokenizer, WordTokenizer  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
 
 SMALL = VLAConfig(
@@ -65,6 +65,15 @@ def test_a_save_leaves_no_shard_of_an_earlier_one(model, tmp_path):
     save_checkpoint(tmp_path, model, WordTokenizer(), 10_000)
     save_checkpoint(tmp_path, model, WordTokenizer())
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_save_leaves_no_tokenizer_of_another_kind(tmp_path):
+    model = init_random(VLA(replace(SMALL, decoder=replace(SMALL.decoder, vocab_size=30_000))), 0)
+    (tmp_path / "llama.json").write_text('{"model": {"type": "WordLevel", "vocab": {"<s>": 1}, "unk_token": "<s>"}}')
+    llama = LlamaTokenizer(tmp_path / "llama.json")
+    for tokenizer in (WordTokenizer(), llama, WordTokenizer()):
+        save_checkpoint(tmp_path, model, tokenizer)
+        assert type(load_checkpoint(tmp_path)[1]) is type(tokenizer)
 
 
 def test_the_safetensors_library_reads_what_we_write_and_we_read_what_it_writes(model, folder, tmp_path):
