@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from quant.formats import FloatFormat, codes_of, integers, round_to_grid
 from quant.tiles import CHANNELS, LARGEST, split, tile, untile
 
 INT24, INT32 = (1 << 23) - 1, torch.iinfo(torch.int32).max
+FLOAT32 = torch.finfo(torch.float32)
 
 # Scale, zero, mantissa, largest and sign of the grid that each row of inputs has without `Activation`. The scale is for
 # kernels to choose, a power of two for each row.
@@ -28,7 +28,7 @@ OWN_GRID = (0.0, 0.0, 22, (1 << 22) - 1, True)
 class Activation:
     """How a layer's inputs are kept, one static grid for all of them: x ~ integer * scale + zero.
 
-    scale: above 0.  zero: 0 or less, and 0 for a signed format.  Raises QuantError: other values.
+    scale: above 0.  zero: 0 or less, and 0 for a signed format.  Raises QuantError: other values, or beyond float32.
     """
 
     format: FloatFormat
@@ -36,10 +36,11 @@ class Activation:
     zero: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise QuantError(f"Activation.scale is {self.scale}: it must be a finite number above 0")
-        if not (math.isfinite(self.zero) and self.zero <= 0) or (self.format.signed and self.zero):
-            limit = "0, for the format is signed" if self.format.signed else "a finite number, 0 or less"
+        if not FLOAT32.tiny <= self.scale <= FLOAT32.max:
+            limits = f"{FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}"
+            raise QuantError(f"Activation.scale is {self.scale}: it must be a number of float32 above 0, {limits}")
+        if not -FLOAT32.max <= self.zero <= 0 or (self.format.signed and self.zero):
+            limit = "0, for the format is signed" if self.format.signed else f"0 or less, down to {-FLOAT32.max:.3g}"
             raise QuantError(f"Activation.zero is {self.zero} with {self.format.name}: it must be {limit}")
 
     @property

@@ -195,6 +195,9 @@ def test_what_makes_no_layer_is_an_error_that_names_it(change, message):
     [
         ("E2M1", 0.0, 0.0, "scale is 0.0"),
         ("E2M1", torch.nan, 0.0, "scale is nan"),
+        ("E2M1", 1e-60, 0.0, "scale is 1e-60: it must be a number of float32 above 0, 1.18e-38 to 3.4e"),
+        ("E2M1", 1e300, 0.0, r"scale is 1e\+300"),
+        ("uE2M2", 1.0, -1e300, r"zero is -1e\+300 with uE2M2: it must be 0 or less, down to -3.4e"),
         ("E2M1", 1.0, -1.0, "zero is -1.0 with E2M1: it must be 0"),
         ("uE2M2", 1.0, 0.5, "zero is 0.5 with uE2M2"),
     ],
