@@ -6,6 +6,7 @@ token ids  <--encode--  values in [-1, 1]  <--normalise--    the data set's unit
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,16 +58,18 @@ class ActionStatistics:
     mask: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "low", tuple(float(number) for number in self.low))
-        object.__setattr__(self, "high", tuple(float(number) for number in self.high))
+        for name in ("low", "high"):
+            numbers = getattr(self, name)
+            # Whole numbers of a file may be larger than any float.
+            if not all(abs(number) <= sys.float_info.max for number in numbers):
+                raise PolicyError(f"action statistics {name} {str(numbers)[:80]}: every number must be finite")
+            object.__setattr__(self, name, tuple(float(number) for number in numbers))
         object.__setattr__(self, "mask", tuple(bool(flag) for flag in self.mask) or (True,) * len(self.low))
         if not 1 <= len(self.low) == len(self.high) == len(self.mask) <= 64:
             raise PolicyError(
                 f"action statistics have {len(self.low)} low, {len(self.high)} high and {len(self.mask)} mask entries: "
                 "they must be equally many, 1 to 64"
             )
-        if not (np.isfinite(self.low).all() and np.isfinite(self.high).all()):
-            raise PolicyError(f"action statistics {self.low} to {self.high}: every number must be finite")
         if not (np.asarray(self.low) <= np.asarray(self.high)).all():
             raise PolicyError(f"action statistics {self.low} to {self.high}: no low may lie above its high")
 

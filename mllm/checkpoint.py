@@ -22,13 +22,16 @@ from mllm.errors import PolicyError
 from mllm.hf_config import CONFIG, STATISTICS, config_to_hf, load_config, read_json, statistics_to_hf
 from mllm.tensor_file import FLOATS, Entry, read_header, read_into, read_metadata, write_tensors
 from mllm.tensor_names import Place, places
-from mllm.tokenizer import Tokenizer, load_tokenizer
+from mllm.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from mllm.vision import compute_buffers
 from mllm.vla import VLA
 from quant.checkpoint import HEADER, expect_, headers, read_headers, stored_tensors, unpack_
 from quant.errors import QuantError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+# The one linear layer that is not called, but of whose weights rows are read.
+UNPACKED = "language_model.lm_head"
 # Tables that older versions of transformers saved, and every version computes.
 IGNORED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -50,7 +53,7 @@ def load_checkpoint(
     check_dtype(dtype)
     folder = find_folder(source, revision)
     config = load_config(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.decoder.vocab_size)
     files = find_tensors(folder)
     with torch.device("meta"):
         model = VLA(config).to(dtype).eval()
@@ -60,6 +63,7 @@ def load_checkpoint(
         check_tensors(folder, wanted, model.state_dict(), files)
         model.to_empty(device=device)
         fill(model, wanted, files)
+        compute_buffers(model.vision_backbone, config)
         unpack_(model)
     except QuantError as error:
         raise PolicyError(f"the checkpoint in {folder}: {error}") from error
@@ -101,13 +105,18 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
 
 
 def find_packed(files: Mapping[str, tuple[Path, Entry]]) -> dict[str, Any]:
-    """What the files' headers say of layers that are quantised. Raises QuantError: two speak of one layer."""
+    """What the files' headers say of layers that are quantised.
+
+    Raises QuantError: two speak of one layer, or one of a layer that cannot be.
+    """
     found: dict[str, Any] = {}
     for path in sorted({path for path, _ in files.values()}):
         layers = read_headers(read_metadata(path).get(HEADER, "{}"))
         if twice := sorted(set(layers) & set(found)):
             raise QuantError(f"layer '{twice[0][:120]}' is in the header of two files")
         found |= layers
+    if UNPACKED in found:
+        raise QuantError(f"the header '{HEADER}' names '{UNPACKED}': the model reads rows of it, so store it unpacked")
     return found
 
 
@@ -159,7 +168,7 @@ def save_checkpoint(folder: str | Path, model: VLA, tokenizer: Tokenizer, shard_
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+    for old in (*folder.glob("model*.safetensors"), *(folder / name for name in (INDEX, *TOKENIZERS))):
         old.unlink(missing_ok=True)
     config = model.config
     write_json(folder / CONFIG, config_to_hf(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -125,14 +126,20 @@ class TowerConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise PolicyError(f"TowerConfig.name is {self.name!r}: it must name a timm model, or be '{OWN_TOWER}'")
+        # timm takes "hf-hub:" and "local-dir:" before a name for leave to fetch a model, or to read a folder.
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.\-]+", self.name):
+            raise PolicyError(
+                f"TowerConfig.name is {str(self.name)[:80]!r}: it must name a timm model, in letters, digits, '_', "
+                f"'.' and '-', or be '{OWN_TOWER}'"
+            )
         check_sizes(self, {"image_size": (8, 1024), "width": (0, 8192), "depth": (0, 128), "heads": (0, 128)})
         check_sizes(self, {"mlp_width": (0, 65536)})
         for name in ("mean", "std"):
             value = tuple(getattr(self, name))
-            if len(value) != 3 or not all(isinstance(number, (int, float)) for number in value):
-                raise PolicyError(f"TowerConfig.{name} is {value!r}: it must be three numbers, one a colour")
+            if len(value) != 3 or not all(isinstance(number, (int, float)) and abs(number) <= 1000 for number in value):
+                raise PolicyError(
+                    f"TowerConfig.{name} is {str(value)[:80]}: it must be three numbers, one a colour, of 1000 at most"
+                )
             object.__setattr__(self, name, tuple(float(number) for number in value))
         if not all(number > 0 for number in self.std):
             raise PolicyError(f"TowerConfig.std is {self.std}: every number must be above 0")

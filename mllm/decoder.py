@@ -377,6 +377,11 @@ class LanguageModel(nn.Module):
         weight = self.lm_head.weight
         return product(hidden, weight if ids is None else weight[ids[0] : ids[1]])
 
-    def best(self, hidden: Tensor, ids: tuple[int, int]) -> Tensor:
-        """hidden: (B, T, d). Returns the likeliest of ids[0] to ids[1] - 1, (B, T) int64."""
-        return self.logits(hidden, ids).argmax(-1) + ids[0]
+    def best(self, hidden: Tensor, ids: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """hidden: (B, T, d). Returns the likeliest of ids[0] to ids[1] - 1, (B, T) int64, and its logit, (B, T).
+
+        A NaN counts as the largest, so that a logit which is finite says that none was NaN.
+        """
+        logits = self.logits(hidden, ids)
+        place = logits.argmax(-1, keepdim=True)
+        return place.squeeze(-1) + ids[0], logits.gather(-1, place).squeeze(-1)

@@ -176,7 +176,7 @@ class Generator:
         batch, count, _ = prompt.hidden.shape
         cache = KVCache(model.config.decoder, batch, count, model.dtype, model.device)
         last = language.model(prompt.hidden, prompt.positions, valid=prompt.valid, cache=cache, hook=hook, last=1)
-        return cache, language.best(last, (0, model.config.decoder.vocab_size))
+        return cache, language.best(last, (0, model.config.decoder.vocab_size))[0]
 
     def _decode(self, prompt: Prompt, cache: KVCache, first: Tensor, most: int) -> tuple[list[list[int]], int]:
         """Returns the answers, and how many steps they took."""
@@ -189,7 +189,7 @@ class Generator:
         loop.load(prompt.positions[:, -1:] + 1)
         for step in range(most):
             if step:
-                first = loop(first)[:, -1:]
+                first = loop(first)[0][:, -1:]
                 loop.slot += 1
                 loop.position += 1
             for sample, (token,) in enumerate(first.tolist()):

@@ -48,7 +48,7 @@ class TokenLoop:
         self._one_thread = device.type == "cpu" and weights <= ONE_THREAD
         self._run = Recorded(self.run, device.type == "cuda")
 
-    def __call__(self, first: Tensor) -> Tensor:
+    def __call__(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """See `run`."""
         return self._run(first)
 
@@ -62,9 +62,10 @@ class TokenLoop:
             empty = empty | ~torch.stack([real if valid is None else valid for valid in self.cache.valid])
         self.bias.zero_().masked_fill_(empty[:, :, None, None], -torch.inf)
 
-    def run(self, first: Tensor) -> Tensor:
-        """first: (B, 1) ids. Returns (B, count) ids, the first among them."""
+    def run(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """first: (B, 1) ids. Returns (B, count) ids, the first among them, and the others' logits, (B, count - 1)."""
         language, decoder, tokens = self.language, self.language.model, [first]
+        logits: list[Tensor] = []
         rotary = decoder.rotary(self.position + self._later, self.dtype)
         with one_thread(self._one_thread):
             for done in range(self.count - 1):
@@ -72,8 +73,10 @@ class TokenLoop:
                 self.bias.scatter_(-1, slot.view(-1, 1, 1, 1, 1).expand(*self.bias.shape[:-1], 1), 0.0)
                 turn = (rotary[0][:, :, done : done + 1], rotary[1][:, :, done : done + 1])
                 hidden = decoder.step(decoder.embed_tokens(tokens[-1]), turn, self.cache.pairs, slot, self.bias)
-                tokens.append(language.best(hidden, self.ids))
-        return torch.cat(tokens, 1)
+                token, logit = language.best(hidden, self.ids)
+                tokens.append(token)
+                logits.append(logit)
+        return torch.cat(tokens, 1), torch.cat(logits, 1)
 
 
 def compile_model(model: VLA) -> None:

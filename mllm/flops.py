@@ -106,8 +106,9 @@ def selection_flops(config: VLAConfig, tokens: int, length: int, compress: Compr
     if compress.method in ATTENTIVE:
         answers = config.action_tokens if config.decoding != "causal" else 0
         full = config.decoding == "full"
-        rows = answers if compress.query == "answer" and answers else 1
-        seen = length if full or rows > 1 else length - answers
+        asked = compress.query == "answer" and answers > 0
+        rows = answers if asked else 1
+        seen = length if full or asked else length - answers
         total += 2 * decoder.num_attention_heads * decoder.head_dim * rows * seen
     if compress.method in ("flashvla", "tokencarve"):
         products = 2 * decoder.hidden_size * count**2

@@ -13,6 +13,7 @@ from torch import Tensor
 from mllm.compress import CompressConfig, Compressor
 from mllm.decoder import CacheState, Kept, KVCache, LayerState, TokenHook
 from mllm.engine import Recorded, TokenLoop
+from mllm.errors import PolicyError
 from mllm.vla import VLA
 
 # A cache has a multiple of so many slots, so that prompts of similar lengths share one.
@@ -93,6 +94,7 @@ class ActionDecoder:
         self._one_pass = Recorded(self._answer, self._records_prefill)
         self._loops: dict[int, tuple[TokenLoop, Recorded]] = {}
         self._loop: TokenLoop | None = None
+        self._grounds: tuple[Tensor, ...] = ()
 
     def _room(self, batch: int, slots: int) -> tuple[TokenLoop, Recorded]:
         """A loop whose cache has so much room, and the prefill that fills it."""
@@ -134,39 +136,60 @@ class ActionDecoder:
     def prefill(self, hidden: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
         """The prompt of `VLA.prompt`. Returns the first token, (B, 1), or the whole answer where one pass gives it."""
         if self.config.decoding != "causal":
-            answer, self.choice = self._one_pass(hidden, positions, valid)
+            answer, logits, self.choice = self._one_pass(hidden, positions, valid)
+            self._grounds = (logits,)
             return answer
         self._loop, fill = self._room(len(hidden), hidden.shape[1] + self.config.action_tokens)
-        first, self.choice, self._loop.cache.state = fill(hidden, positions, valid)
+        first, logits, self.choice, self._loop.cache.state = fill(hidden, positions, valid)
+        self._grounds = (logits,)
         self._loop.load(positions[:, -1:] + 1)
         return first
 
-    def _answer(self, hidden: Tensor, positions: Tensor, valid: Tensor | None) -> tuple[Tensor, Choice]:
-        """Returns the answer of one pass, and `choice`."""
+    def _answer(self, hidden: Tensor, positions: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Choice]:
+        """Returns the answer of one pass, its tokens' logits (of another head the answer itself), and `choice`."""
         self.choice = Choice()
         slots = self.model.one_pass(hidden, positions, valid, None if self.hook is None else self._choose)
-        head = self.model.action_head
-        return self.model.language_model.best(slots, self.ids) if head is None else head(slots), self.choice
+        if self.model.action_head is None:
+            return *self.model.language_model.best(slots, self.ids), self.choice
+        answer = self.model.action_head(slots)
+        return answer, answer, self.choice
 
     def _fill(
         self, cache: KVCache, hidden: Tensor, positions: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, Choice, CacheState]:
-        """Returns the first token, `choice`, and what the cache holds then."""
+    ) -> tuple[Tensor, Tensor, Choice, CacheState]:
+        """Returns the first token, its logit, `choice`, and what the cache holds then."""
         self.choice = Choice()
         cache.clear()
         language, hook = self.model.language_model, None if self.hook is None else self._choose
         last = language.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
-        return language.best(last, self.ids), self.choice, cache.state
+        return *language.best(last, self.ids), self.choice, cache.state
 
     @torch.inference_mode()
     def decode(self, first: Tensor) -> Tensor:
         """What `prefill` returned. Returns all tokens, (B, action tokens), in the order of the action's numbers; with
         another head than "tokens" the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.
         """
-        return first if first.shape[1] == self.config.action_tokens or self._loop is None else self._loop(first)
+        if first.shape[1] == self.config.action_tokens or self._loop is None:
+            return first
+        tokens, logits = self._loop(first)
+        self._grounds = (self._grounds[0], logits)
+        return tokens
+
+    def check(self) -> None:
+        """Raises PolicyError: the last answer comes from numbers that are not finite. Then even its tokens say nothing,
+        for the likeliest of NaNs is a token like any other.
+        """
+        for grounds in self._grounds:
+            if not bool((finite := grounds.isfinite()).all()):
+                raise PolicyError(
+                    f"the model's answer comes from {float(grounds[~finite][0])}: its weights or inputs hold such "
+                    f"numbers, or {grounds.dtype} cannot hold what it computes; check the checkpoint, or use float32"
+                )
 
     @torch.inference_mode()
     def generate(self, pixels: Tensor, texts: list[list[int]], proprio: Tensor | None = None) -> Tensor:
         """pixels: (B, cameras, 3 * towers, S, S); texts: token ids a sample; proprio: (B, numbers). See `decode`."""
         pixels = pixels.to(self.model.device, self.model.dtype)
-        return self.decode(self.prefill(*self.model.prompt(self.visual_tokens(pixels), texts, proprio)))
+        answer = self.decode(self.prefill(*self.model.prompt(self.visual_tokens(pixels), texts, proprio)))
+        self.check()
+        return answer

@@ -29,16 +29,30 @@ PLAIN = ("action_dim", "decoding", "chunk", "head", "execute", "gripper")
 OWN = ("towers", "cameras", "vocab_padding", "proprio", "proprio_statistics", "render", "images", "diffusion", *PLAIN)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 16 MiB. Raises PolicyError: no such file, too large, or not one."""
+def read_text(path: Path) -> str:
+    """What a file of at most 16 MiB says. Raises PolicyError: no such file, too large, or not UTF-8."""
     if not path.is_file():
         raise PolicyError(f"there is no {path}")
     if path.stat().st_size > MAX_JSON:
         raise PolicyError(f"{path} has {path.stat().st_size} bytes: at most {MAX_JSON} are read")
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path} is not JSON, for it is not UTF-8: {error}") from error
+
+
+def read_any(path: Path) -> Any:
+    """What JSON of at most 16 MiB stands for. Raises PolicyError: no such file, too large, or not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"{path} is not JSON: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; see `read_any`."""
+    read = read_any(path)
     if not isinstance(read, dict):
         raise PolicyError(f"{path} holds a {type(read).__name__}: it must be a JSON object")
     return read

@@ -92,10 +92,10 @@ class ReusePolicy:
             if configure is None:
                 raise PolicyError(f"this policy cannot change {', '.join(sorted(options))} while it acts")
             configure(**options)
-            self._reuse.clear()
-        if config != self.reuse:
-            self.reuse = config
-            self._reuse.configure(config)
+        if options or config != self.reuse:
+            # Another object, even of the same rule: by that every episode under way sees that it is to forget.
+            self.reuse = replace(config)
+            self._reuse.configure(self.reuse)
 
 
 @dataclass

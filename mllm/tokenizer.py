@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mllm.errors import PolicyError
+from mllm.hf_config import read_any, read_text
 
 MAX_INSTRUCTION = 2000
 # OpenVLA was trained with this token, Llama's lone space, between "Out:" and the action.
@@ -87,7 +88,7 @@ class LlamaTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Fast
 
-        self._text = path.read_text(encoding="utf-8")
+        self._text = read_text(path)
         try:
             self._fast = Fast.from_str(self._text)
         except Exception as error:  # the library raises nothing more specific
@@ -96,6 +97,10 @@ class LlamaTokenizer:
         if bos is None:
             raise PolicyError(f"{path} has no token '<s>', with which a prompt begins")
         self._bos: int = bos
+
+    @property
+    def size(self) -> int:
+        return 1 + max(BEFORE_ACTION, *self._fast.get_vocab().values())
 
     def prompt(self, instruction: str) -> list[int]:
         ids = self._fast.encode(openvla_prompt(check_instruction(instruction)), add_special_tokens=False).ids
@@ -108,17 +113,29 @@ class LlamaTokenizer:
         (folder / self.FILE).write_text(self._text, encoding="utf-8")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's folder. Raises PolicyError: it has none, or one that cannot be read."""
-    words, fast = folder / WordTokenizer.FILE, folder / LlamaTokenizer.FILE
+TOKENIZERS = WordTokenizer.FILE, LlamaTokenizer.FILE
+
+
+def load_tokenizer(folder: Path, ids: int) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder, for a model that knows so many ids.
+
+    Raises PolicyError: it has none, or one that cannot be read or makes other ids.
+    """
+    words, fast = (folder / name for name in TOKENIZERS)
     if words.is_file():
-        try:
-            listed = json.loads(words.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PolicyError(f"{words} is not JSON: {error}") from error
+        listed = read_any(words)
         if not isinstance(listed, list):
-            raise PolicyError(f"{words} must be a list of words")
-        return WordTokenizer(listed)
+            raise PolicyError(f"{words} holds a {type(listed).__name__}: it must be a list of words")
+        return _fitting(WordTokenizer(listed), words, ids)
     if fast.is_file():
-        return LlamaTokenizer(fast)
-    raise PolicyError(f"{folder} has neither {WordTokenizer.FILE} nor {LlamaTokenizer.FILE}: it lacks its tokenizer")
+        return _fitting(LlamaTokenizer(fast), fast, ids)
+    raise PolicyError(f"{folder} has neither {' nor '.join(TOKENIZERS)}: it lacks its tokenizer")
+
+
+def _fitting(tokenizer: WordTokenizer | LlamaTokenizer, path: Path, ids: int) -> Tokenizer:
+    if tokenizer.size > ids:
+        raise PolicyError(
+            f"{path} makes ids up to {tokenizer.size - 1}: the model's vocabulary ends at {ids - 1}; "
+            "use the file that the model was trained with"
+        )
+    return tokenizer

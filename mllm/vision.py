@@ -79,6 +79,18 @@ class VisionBackbone(nn.Module):
         return torch.cat((patch_features(self.featurizer, first), patch_features(self.fused_featurizer, second)), -1)
 
 
+@torch.no_grad()
+def compute_buffers(backbone: VisionBackbone, config: VLAConfig) -> None:
+    """Fills, in a backbone that was made without memory, what no file has: timm's rotary tables, for instance."""
+    saved, cameras = set(backbone.state_dict()), len(config.cameras)
+    for place, tower in zip(("featurizer", "fused_featurizer"), config.towers, strict=False):
+        buffers = backbone.get_submodule(place).named_buffers(remove_duplicate=False)
+        unsaved = {name: buffer for name, buffer in buffers if f"{place}.{name}" not in saved}
+        made = dict(make_tower(tower, cameras).named_buffers(remove_duplicate=False)) if unsaved else {}
+        for name, buffer in unsaved.items():
+            buffer.copy_(made[name])
+
+
 class Projector(nn.Module):
     """Visual features to embeddings: two layers for one tower, three for two (OpenVLA's "fused-gelu-mlp")."""
 

@@ -85,7 +85,8 @@ class VLA(nn.Module):
         """
         if others is None:
             others = self.vision_backbone.tokens + (self.proprio_projector is not None)
-        room = self.config.decoder.max_position_embeddings - self.config.action_tokens
+        answer = self.config.action_tokens + (self.config.decoding == "full")  # with its stop token
+        room = self.config.decoder.max_position_embeddings - answer
         if words + others > room:
             raise PolicyError(
                 f"the prompt has {words} words and {others} visual tokens: the model has room for {room}; "

@@ -155,7 +155,8 @@ class VLAPolicy:
         flags: "prompt_tokens" where the model ran, and what that costs: "weight_bytes", which the weights take in
         memory, and of `mllm.flops` "flops" (of the whole look) and "visual_flops"; "chunk_step", the number of the
         action, where chunks have several.
-        Raises PolicyError: an observation without what the model looks at, or with NaN or infinity in it.
+        Raises PolicyError: an observation without what the model looks at, or with NaN or infinity in it, or what
+        `ActionDecoder.check` raises.
         """
         looking = {i for i, episode in enumerate(episodes) if not len(episode.chunk)}
         timing: dict[str, float] = {}
@@ -210,7 +211,9 @@ class VLAPolicy:
         prompt = self.model.prompt(visual, texts, proprio)
         first = self.decoder.prefill(*prompt)
         lap()
-        commands = self.command(self.decoder.decode(first).float().cpu().numpy())
+        answer = self.decoder.decode(first)
+        self.decoder.check()
+        commands = self.command(answer.float().cpu().numpy())
         lap()
         preprocess, vision, prefill, decode = (after - before for before, after in pairwise(clock))
         timing, choice = {"preprocess": preprocess, "vision": vision}, self.decoder.choice

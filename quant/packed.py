@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from quant.formats import FloatFormat, codes_of, integers, round_to_grid
 from quant.tiles import CHANNELS, LARGEST, split, tile, untile
 
 INT24, INT32 = (1 << 23) - 1, torch.iinfo(torch.int32).max
+FLOAT32 = torch.finfo(torch.float32)
 
 # Scale, zero, mantissa, largest and sign of the grid that each row of inputs has without `Activation`. The scale is for
 # kernels to choose, a power of two for each row.
@@ -28,7 +28,7 @@ OWN_GRID = (0.0, 0.0, 22, (1 << 22) - 1, True)
 class Activation:
     """How a layer's inputs are kept, one static grid for all of them: x ~ integer * scale + zero.
 
-    scale: above 0.  zero: 0 or less, and 0 for a signed format.  Raises QuantError: other values.
+    scale: above 0.  zero: 0 or less, and 0 for a signed format.  Raises QuantError: other values, or beyond float32.
     """
 
     format: FloatFormat
@@ -36,10 +36,11 @@ class Activation:
     zero: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise QuantError(f"Activation.scale is {self.scale}: it must be a finite number above 0")
-        if not (math.isfinite(self.zero) and self.zero <= 0) or (self.format.signed and self.zero):
-            limit = "0, for the format is signed" if self.format.signed else "a finite number, 0 or less"
+        if not FLOAT32.tiny <= self.scale <= FLOAT32.max:
+            limits = f"{FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}"
+            raise QuantError(f"Activation.scale is {self.scale}: it must be a number of float32 above 0, {limits}")
+        if not -FLOAT32.max <= self.zero <= 0 or (self.format.signed and self.zero):
+            limit = "0, for the format is signed" if self.format.signed else f"0 or less, down to {-FLOAT32.max:.3g}"
             raise QuantError(f"Activation.zero is {self.zero} with {self.format.name}: it must be {limit}")
 
     @property
@@ -53,9 +54,14 @@ class Activation:
         """Scale, zero, mantissa, largest and sign, as kernels take them."""
         return self.scale, self.zero, self.format.mantissa, self.format.largest, self.format.signed
 
+    def constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scale and zero, float32, made where they are used: a CUDA graph records no copy from the host."""
+        scale, zero = (torch.full((), value, dtype=torch.float32, device=device) for value in (self.scale, self.zero))
+        return scale, zero
+
     def integers(self, x: Tensor) -> Tensor:
         """The integers of x, float32 of its shape: what `quant.formats.quantise` multiplies by the scale."""
-        scale, zero = (torch.tensor(value, dtype=torch.float32, device=x.device) for value in (self.scale, self.zero))
+        scale, zero = self.constants(x.device)
         return round_to_grid((x.float() - zero) / scale, self.format)
 
     def quantise(self, x: Tensor) -> Tensor:
@@ -87,6 +93,7 @@ class PackedLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
     sums: Tensor
+    table: Tensor | None
 
     def __init__(
         self,
@@ -145,8 +152,8 @@ class PackedLinear(nn.Module):
         if self.tiles.dtype is torch.bfloat16:
             return self.tiles.long()
         values = untile(self.tiles, shape).long()
-        if self.tiles.dtype is torch.uint8:
-            return _tables(self.formats).to(values.device)[self.choice[: shape[0], None].long(), values]
+        if self.table is not None:
+            return self.table[self.choice[: shape[0], None].long(), values].long()
         return sum(plane << 8 * place for place, plane in enumerate(values))
 
     def codes(self) -> Tensor:
@@ -201,7 +208,7 @@ class PackedLinear(nn.Module):
         if activation is None:
             return F.linear(x.float(), self.weight(), bias).to(x.dtype)
         total = F.linear(activation.integers(x).double(), self.integers().double()).float()
-        scale_x, zero = (torch.tensor(value, dtype=torch.float32) for value in (activation.scale, activation.zero))
+        scale_x, zero = activation.constants(scale.device)
         offset = scale * zero * self.sums[:count].float() + bias
         return (total * (scale * scale_x) + offset).to(x.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from mllm.config import OWN_TOWER, DecoderConfig, TowerConfig, VLAConfig, mini, 
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.hf_config import config_from_hf, config_to_hf  # noqa: E402
 from mllm.tensor_file import read_header  # noqa: E402
-from mllm.tokenizer import WordTokenizer  # noqa: E402
+from mllm.tokenizer import LlamaTokenizer, WordTokenizer  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
 
 SMALL = VLAConfig(
@@ -66,6 +67,15 @@ def test_a_save_leaves_no_shard_of_an_earlier_one(model, tmp_path):
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_a_save_leaves_no_tokenizer_of_another_kind(tmp_path):
+    model = init_random(VLA(replace(SMALL, decoder=replace(SMALL.decoder, vocab_size=30_000))), 0)
+    (tmp_path / "llama.json").write_text('{"model": {"type": "WordLevel", "vocab": {"<s>": 1}, "unk_token": "<s>"}}')
+    llama = LlamaTokenizer(tmp_path / "llama.json")
+    for tokenizer in (WordTokenizer(), llama, WordTokenizer()):
+        save_checkpoint(tmp_path, model, tokenizer)
+        assert type(load_checkpoint(tmp_path)[1]) is type(tokenizer)
+
+
 def test_the_safetensors_library_reads_what_we_write_and_we_read_what_it_writes(model, folder, tmp_path):
     tensors = safetensors.load_file(folder / "model.safetensors")
     names = {name for name in tensors if "q_proj" in name}
@@ -74,6 +84,18 @@ def test_the_safetensors_library_reads_what_we_write_and_we_read_what_it_writes(
     assert torch.equal(stacked, model.language_model.model.layers[1].mlp.gate_up_proj.weight)
     safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert same(load_checkpoint(folder)[0], model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+@torch.no_grad()
+def test_towers_with_tables_that_no_file_has_see_the_same_when_loaded(tmp_path, name, dtype):
+    towers = TowerConfig(name, 112, 64, 3, 1), TowerConfig(name, 112, 32, 2, 1)
+    model = init_random(VLA(replace(SMALL, towers=towers)), 0).to(dtype).eval()
+    save_checkpoint(tmp_path, model, WordTokenizer())
+    images = torch.randn(1, 2, 6, 112, 112, dtype=dtype)
+    loaded, _ = load_checkpoint(tmp_path, dtype=dtype)
+    assert torch.equal(loaded.visual_tokens(images), model.visual_tokens(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -139,6 +161,11 @@ def test_the_published_configuration_is_openvla_7b():
         ({"norm_stats": {"x": {"action": {"q01": [1e999] * 7, "q99": [1.0] * 7}}}}, "must be finite"),
         ({"flashvla": {"run_this": "this"}}, "unknown parts: run_this"),
         ({"flashvla": {"towers": [{"name": "conv-vit", "image_size": 10**7}]}}, "image_size is 10000000"),
+        (
+            {"flashvla": {"towers": [{"name": "x", "mean": [0, 0, math.inf]}]}},
+            r"mean is \(0, 0, inf\): .* 1000 at most",
+        ),
+        ({"flashvla": {"towers": [{"name": "x", "std": [1, 1, 10**400]}]}}, r"std is \(1, 1, 1000.*: .* 1000 at most"),
         ({"flashvla": {"towers": [{"wheels": 4}]}}, "does not describe a TowerConfig"),
         ({"flashvla": {"decoding": "magic"}}, "decoding is 'magic'"),
     ],
@@ -275,12 +302,43 @@ def test_an_index_that_lies_is_an_error(folder, index, message):
         ("words.json", None, "lacks its tokenizer"),
         ("words.json", '{"a": 1}', "must be a list of words"),
         ("words.json", '["a", "a"]', "different words"),
+        ("words.json", "[" * 100_000, "words.json is not JSON"),
+        ("words.json", "[]" + " " * (16 << 20), "words.json has 16777218 bytes: at most 16777216 are read"),
+        ("words.json", json.dumps([f"w{i}" for i in range(398)]), "makes ids up to 400: the model's .* ends at 399"),
+        ("dataset_statistics.json", json.dumps({"x": {"action": {"q01": [10**400], "q99": [1]}}}), "must be finite"),
         ("dataset_statistics.json", '{"x": 3}', "action statistics must be an object"),
     ],
 )
 def test_a_folder_with_a_wrong_part_is_an_error_naming_it(folder, name, content, message):
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     with pytest.raises(PolicyError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff{}", "tokenizer.json is not JSON, for it is not UTF-8"),
+        (b"{}" + b" " * (16 << 20), "at most 16777216 are read"),
+        (
+            json.dumps({"model": {"type": "WordLevel", "vocab": {"<s>": 1, "go": 40_000}, "unk_token": "go"}}).encode(),
+            "makes ids up to 40000: the model's vocabulary ends at 399",
+        ),
+    ],
+    ids=["no text", "large", "ids"],
+)
+def test_a_wrong_tokenizer_of_llama_is_an_error_naming_its_file(folder, content, message):
+    (folder / "words.json").unlink()
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(PolicyError, match=message):
+        load_checkpoint(folder)
+
+
+def test_a_header_that_packs_the_head_is_an_error(folder):
+    path = folder / "model.safetensors"
+    header = {"language_model.lm_head": {"formats": ["E2M1"], "activation": None}}
+    safetensors.save_file(safetensors.load_file(path), path, metadata={"msfp": json.dumps(header)})
+    with pytest.raises(PolicyError, match=r"names 'language_model.lm_head': the model reads rows of it"):
         load_checkpoint(folder)
 
 

@@ -10,14 +10,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mllm.config import DINOV2, SIGLIP, DecoderConfig, TowerConfig, VLAConfig  # noqa: E402
+from mllm.config import DECODING, DINOV2, SIGLIP, DecoderConfig, TowerConfig, VLAConfig  # noqa: E402
 from mllm.decoder import Kept, KVCache  # noqa: E402
 from mllm.engine import Recorded, TokenLoop, one_thread  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.generate import ActionDecoder  # noqa: E402
 from mllm.tokenizer import WordTokenizer  # noqa: E402
 from mllm.vla import VLA, init_random  # noqa: E402
-from mllm.vla_policy import VLAPolicy  # noqa: E402
+from mllm.vla_policy import VLAPolicy, make_example  # noqa: E402
 
 TINY = VLAConfig(
     (TowerConfig("conv-vit", 32, 32, 1, 2, 48),),
@@ -87,12 +87,12 @@ def greedy(model, hidden, positions, valid, hook=None):
     language = model.language_model
     cache = KVCache(model.config.decoder, len(hidden), hidden.shape[1] + model.config.action_tokens)
     last = language.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
-    tokens = [language.best(last, model.config.action_ids)]
+    tokens = [language.best(last, model.config.action_ids)[0]]
     for done in range(1, model.config.action_tokens):
         tokens.append(
             language.best(
                 language.model(model.embed(tokens[-1]), positions[:, -1:] + done, cache=cache), model.config.action_ids
-            )
+            )[0]
         )
     return torch.cat(tokens, 1)
 
@@ -124,6 +124,43 @@ def test_one_thread_gives_the_others_back_even_after_an_error():
     assert torch.get_num_threads() == before
     with one_thread(False):
         assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+def test_the_longest_text_that_there_is_room_for_is_answered_and_one_word_more_is_an_error(decoding):
+    model = init_random(VLA(replace(TINY, decoding=decoding)), 3).eval()
+    room = 96 - 8 - 7 - (decoding == "full")  # visual tokens, the answer's, and the stop behind it
+    decoder, pixels = ActionDecoder(model), torch.zeros(1, 2, 3, 32, 32)
+    assert decoder.generate(pixels, [[1] * room]).shape == (1, 7)
+    with pytest.raises(
+        PolicyError, match=f"has {room + 1} words and 8 visual tokens: the model has room for {room + 8}"
+    ):
+        decoder.generate(pixels, [[1] * (room + 1)])
+
+
+BROKEN = {
+    "a norm": lambda model: model.language_model.model.norm.weight.fill_(torch.nan),
+    "a row of the head": lambda model: model.language_model.lm_head.weight[399].fill_(torch.inf),
+    "overflow": lambda model: model.half().language_model.model.layers[1].mlp.gate_up_proj.weight.mul_(2**11),
+    "action tokens": lambda model: model.language_model.model.embed_tokens.weight[144:].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "decoding"),
+    [*((part, decoding) for part in list(BROKEN)[:3] for decoding in DECODING), ("action tokens", "causal")],
+)
+@torch.no_grad()
+def test_an_answer_from_numbers_that_are_not_finite_is_an_error(part, decoding):
+    model = init_random(VLA(replace(TINY, decoding=decoding)), 3)
+    policy = VLAPolicy(model, WordTokenizer())
+    policy.reset("go")
+    policy.act(make_example(TINY))
+    BROKEN[part](model)
+    policy = VLAPolicy(model, WordTokenizer())
+    policy.reset("go")
+    with pytest.raises(PolicyError, match=r"answer comes from (nan|inf): .* check the checkpoint, or use float32"):
+        policy.act(make_example(TINY))
 
 
 @pytest.mark.skipif(

@@ -255,6 +255,20 @@ def test_episodes_under_way_follow_a_change_too():
     assert row([policy.act_batch(episodes, [noise(step)])[0] for step in range(5, 12)]) == "ccccccc"
 
 
+@pytest.mark.parametrize("options", [{"keep": 4}, {"keep": 4, "reuse": ALWAYS}])
+def test_episodes_under_way_reuse_nothing_of_what_the_policy_said_before_a_change_of_its_own(options):
+    policy = with_reuse(chunked(), ALWAYS)
+    episodes = [policy.begin(TASK)]
+    for step in range(5):
+        steps = policy.act_batch(episodes, [noise(step)])
+    assert row(steps) == "r"
+    policy.configure(**options)
+    assert policy.reuse == ALWAYS
+    steps = [policy.act_batch(episodes, [noise(step)])[0] for step in range(5, 11)]
+    assert row(steps) == "ccccrr"
+    assert steps[0].flags["reuse_reason"] == "computed-first-steps"
+
+
 def test_what_else_a_policy_has_stays_reachable():
     inner = ThirdParty()
     policy = with_reuse(inner, ReuseConfig("paper"))

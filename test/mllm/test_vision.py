@@ -107,5 +107,11 @@ def test_a_tower_that_timm_cannot_make_is_an_error_naming_it(tower, message):
         make_tower(tower, 1)
 
 
+@pytest.mark.parametrize("name", ["hf-hub:timm/vit_tiny", "local-dir:/tmp/x", "hf_hub:a/b", "vit tiny", "", "vit\n", 3])
+def test_a_tower_s_name_is_no_place_to_fetch_it_from(name):
+    with pytest.raises(PolicyError, match=r"TowerConfig.name is .*: it must name a timm model"):
+        TowerConfig(name)
+
+
 def test_timm_is_importable_beside_a_torch_whose_torchvision_has_no_operators():
     assert import_timm().__version__

@@ -97,6 +97,7 @@ def test_a_file_of_four_bits_takes_half_a_byte_a_weight_and_nine_a_channel():
         (lambda h: h["a"]["activation"].update(scale=True), "layer 'a': its activation is"),
         (lambda h: h["a"]["activation"].update(scale=float("nan")), "layer 'a': Activation.scale is nan"),
         (lambda h: h["a"]["activation"].update(scale=-1), "layer 'a': Activation.scale is -1"),
+        (lambda h: h["a"]["activation"].update(scale=1e-60), "layer 'a': Activation.scale is 1e-60"),
         (lambda h: h["a"]["activation"].update(scale=10**400), "layer 'a': a number of 401 digits"),
         (lambda h: h["a"]["activation"].update(zero=0.5), "layer 'a': Activation.zero is 0.5"),
         (lambda h: h["a"]["activation"].update(zero=float("-inf")), "layer 'a': Activation.zero is -inf"),

@@ -11,6 +11,9 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from quant.errors import QuantError  # noqa: E402
 from quant.formats import FloatFormat, decode, quantise  # noqa: E402
@@ -124,6 +127,32 @@ def test_a_row_with_a_nan_gives_nan_and_infinity_is_the_end_of_the_grid(name):
     assert torch.equal(packed(x)[3], y[3])
 
 
+class Watched(TorchDispatchMode):
+    """Notes every operation's name, and the devices of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.devices = set(), set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        answer = operation(*args, **(kwargs or {}))
+        self.names.add(operation.overloadpacket.__name__)
+        self.devices |= {part.device.type for part in tree_leaves((args, kwargs, answer)) if isinstance(part, Tensor)}
+        return answer
+
+
+@pytest.mark.parametrize(
+    "activation", [None, Activation(FOUR[1], 0.3), Activation(FloatFormat.parse("uE2M2"), 0.3, -1)]
+)
+@pytest.mark.parametrize("formats", [FOUR, EIGHT, (FloatFormat.parse("E1M6"),)], ids=str)
+def test_the_reference_takes_nothing_from_the_host_so_that_a_cuda_graph_can_record_it(formats, activation):
+    packed = layer((20, 40), formats, activation).to("meta")
+    with Watched() as watched:
+        packed(torch.empty(2, 40, device="meta"))
+    assert watched.devices == {"meta"}
+    assert "lift_fresh" not in watched.names  # of torch.tensor, which copies a number of Python's
+
+
 @pytest.mark.parametrize("activation", [None, Activation(FOUR[1], 0.3)])
 @pytest.mark.parametrize("shape", [(2, 39), (2, 41), ()])
 def test_inputs_of_another_size_are_refused(shape, activation):
@@ -166,6 +195,9 @@ def test_what_makes_no_layer_is_an_error_that_names_it(change, message):
     [
         ("E2M1", 0.0, 0.0, "scale is 0.0"),
         ("E2M1", torch.nan, 0.0, "scale is nan"),
+        ("E2M1", 1e-60, 0.0, "scale is 1e-60: it must be a number of float32 above 0, 1.18e-38 to 3.4e"),
+        ("E2M1", 1e300, 0.0, r"scale is 1e\+300"),
+        ("uE2M2", 1.0, -1e300, r"zero is -1e\+300 with uE2M2: it must be 0 or less, down to -3.4e"),
         ("E2M1", 1.0, -1.0, "zero is -1.0 with E2M1: it must be 0"),
         ("uE2M2", 1.0, 0.5, "zero is 0.5 with uE2M2"),
     ],
