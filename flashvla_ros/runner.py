@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import rclpy
+from rclpy.exceptions import NameValidationException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
@@ -53,7 +54,7 @@ def run_node(make: Callable[[], Any], loop: Callable[[Any, StopRequested], None]
     try:
         node = make()
         loop(node, stop)
-    except (ConfigurationError, PolicyError) as error:
+    except (ConfigurationError, PolicyError, NameValidationException) as error:
         (node.get_logger() if node else rclpy.logging.get_logger("flashvla")).fatal(str(error))
         return EXIT_USAGE
     except ExternalShutdownException:

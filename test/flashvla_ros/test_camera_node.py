@@ -408,6 +408,16 @@ def test_a_missing_file_ends_with_status_2_and_one_line_naming_it(start: Callabl
     assert "/nowhere/gone.mp4" in lines[0]
 
 
+def test_a_name_that_is_no_topic_ends_with_status_2_and_no_traceback(
+    start: Callable[..., Camera], tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", 1)
+    camera = start(tmp_path / "images", rate=10.0, image_topic="left image")
+    assert camera.process.wait(LIMIT) == 2
+    assert "left image" in camera.said()
+    assert "Traceback" not in camera.said()
+
+
 def test_a_calibration_of_another_size_than_the_files_ends_with_status_2(
     start: Callable[..., Camera], tmp_path: Path
 ) -> None:
