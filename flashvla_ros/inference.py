@@ -98,7 +98,7 @@ class Inference:
             self._forget = True
 
     def activate(self) -> None:
-        """Observations offered from now on are answered, the first one as the beginning of an episode."""
+        """Observations offered once the policy has begun its episode anew are answered; see `wait_until_reset`."""
         with self._changed:
             self._active, self._work = True, None
             if self._instruction is not None:

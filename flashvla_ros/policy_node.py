@@ -115,6 +115,7 @@ class PolicyNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         assert self._inference is not None
         self._inference.activate()
+        self._inference.wait_until_reset(BUSY_LIMIT)  # who activates and then shows an image gets an answer
         self.get_logger().info(f"active; instruction: {self._instruction or '(waiting for one)'}")
         return super().on_activate(state)
 
