@@ -35,7 +35,6 @@ def test_a_collection_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_p
     code = f"""
 from pathlib import Path
 from sim.collect import CollectConfig, collect
-from sim.dagger import PolicyMix
 collect({CONFIG!r}, Path({str(killed)!r}), 1, lambda state: print(state.done, flush=True))
 """
     code = "from sim.collect import *; from sim.executor import Noise\n" + code
