@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mllm.config import DecoderConfig
+from mllm.errors import PolicyError
 from mllm.kernels import Linear, attention, product, rms_norm, rows_at
 
 
@@ -385,3 +386,16 @@ class LanguageModel(nn.Module):
         logits = self.logits(hidden, ids)
         place = logits.argmax(-1, keepdim=True)
         return place.squeeze(-1) + ids[0], logits.gather(-1, place).squeeze(-1)
+
+
+def require_finite(answer: Tensor) -> None:
+    """answer: any shape, numbers that a model gives or the logits of tokens that it chose.
+
+    Raises PolicyError: one is not finite. Then even its tokens say nothing, for the likeliest of NaNs is a token like
+    any other.
+    """
+    if not bool((finite := answer.isfinite()).all()):
+        raise PolicyError(
+            f"the model's answer comes from {float(answer[~finite][0])}: its weights or inputs hold such numbers, or "
+            f"{answer.dtype} cannot hold what it computes; check the checkpoint, or use float32"
+        )

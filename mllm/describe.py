@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mllm.compress import CompressConfig, Compressor
-from mllm.decoder import KVCache, TokenHook
+from mllm.decoder import KVCache, TokenHook, require_finite
 from mllm.engine import TokenLoop
 from mllm.errors import PolicyError
 from mllm.flops import prefill_flops
@@ -123,8 +123,8 @@ class Generator:
         """pixels: (n, 3, S, S), or None without images; texts: ids a sample, as `Processor` makes them.
         most: tokens of an answer at most.
 
-        Raises PolicyError: see `Llava.prompt` and `CompressConfig.check`; compression needs equally many images in
-        every sample.
+        Raises PolicyError: see `Llava.prompt`, `CompressConfig.check` and `require_finite`; compression needs equally
+        many images in every sample.
         """
         if most < 1:
             raise PolicyError(f"an answer of {most} tokens was asked for: it must be at least 1")
@@ -176,7 +176,9 @@ class Generator:
         batch, count, _ = prompt.hidden.shape
         cache = KVCache(model.config.decoder, batch, count, model.dtype, model.device)
         last = language.model(prompt.hidden, prompt.positions, valid=prompt.valid, cache=cache, hook=hook, last=1)
-        return cache, language.best(last, (0, model.config.decoder.vocab_size))[0]
+        token, logit = language.best(last, (0, model.config.decoder.vocab_size))
+        require_finite(logit)
+        return cache, token
 
     def _decode(self, prompt: Prompt, cache: KVCache, first: Tensor, most: int) -> tuple[list[list[int]], int]:
         """Returns the answers, and how many steps they took."""
@@ -189,7 +191,9 @@ class Generator:
         loop.load(prompt.positions[:, -1:] + 1)
         for step in range(most):
             if step:
-                first = loop(first)[0][:, -1:]
+                tokens, logits = loop(first)
+                require_finite(logits)
+                first = tokens[:, -1:]
                 loop.slot += 1
                 loop.position += 1
             for sample, (token,) in enumerate(first.tolist()):

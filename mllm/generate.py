@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mllm.compress import CompressConfig, Compressor
-from mllm.decoder import CacheState, Kept, KVCache, LayerState, TokenHook
+from mllm.decoder import CacheState, Kept, KVCache, LayerState, TokenHook, require_finite
 from mllm.engine import Recorded, TokenLoop
-from mllm.errors import PolicyError
 from mllm.vla import VLA
 
 # A cache has a multiple of so many slots, so that prompts of similar lengths share one.
@@ -176,15 +175,9 @@ class ActionDecoder:
         return tokens
 
     def check(self) -> None:
-        """Raises PolicyError: the last answer comes from numbers that are not finite. Then even its tokens say nothing,
-        for the likeliest of NaNs is a token like any other.
-        """
+        """Raises PolicyError: the last answer comes from numbers that are not finite."""
         for grounds in self._grounds:
-            if not bool((finite := grounds.isfinite()).all()):
-                raise PolicyError(
-                    f"the model's answer comes from {float(grounds[~finite][0])}: its weights or inputs hold such "
-                    f"numbers, or {grounds.dtype} cannot hold what it computes; check the checkpoint, or use float32"
-                )
+            require_finite(grounds)
 
     @torch.inference_mode()
     def generate(self, pixels: Tensor, texts: list[list[int]], proprio: Tensor | None = None) -> Tensor:

@@ -105,6 +105,21 @@ def test_an_answer_ends_before_the_token_that_stops_it(their_llava, ours, copy):
     assert [*answer.tokens[0], stop] == their_answer(their_llava, 1, QUESTIONS[0], 24, eos_token_id=[2, stop])
 
 
+def test_an_answer_from_nan_is_an_error_from_its_first_token_on(ours, copy):
+    pixels, ids = asked(ours[1], 1)
+    spoken = Generator(ours[0])(pixels, [ids], 2).tokens[0][0]
+    model = load_llava(copy)
+    with torch.no_grad():
+        model.language_model.model.embed_tokens.weight[spoken] = torch.nan
+    assert Generator(model)(pixels, [ids], 1).tokens == [[spoken]]
+    with pytest.raises(PolicyError, match="answer comes from nan"):
+        Generator(model)(pixels, [ids], 2)
+    with torch.no_grad():
+        model.language_model.model.norm.weight[0] = torch.nan
+    with pytest.raises(PolicyError, match="answer comes from nan"):
+        Generator(model)(pixels, [ids], 1)
+
+
 def test_a_batch_with_differing_images_and_words_answers_as_one_by_one(ours):
     model, processor = ours
     alone = [asked(processor, images, question) for images, question in zip((1, 0, 2), QUESTIONS, strict=True)]
