@@ -61,8 +61,8 @@ class Trainer:
         paths = find_demonstrations(config.data)
         say(f"reading {len(paths)} demonstrations")
         demos, self.digest = load_demonstrations(paths)
-        # A folder that is named twice weighs twice and holds what it holds.
-        once = dict(zip(paths, demos, strict=True)).values()
+        # A folder that is named twice, or by a link, weighs twice and holds what it holds.
+        once = {path.resolve(): demo for path, demo in zip(paths, demos, strict=True)}.values()
         self.learned = count_episodes(demo for demo in once if not held_out(demo, config.validation))
         if facts is not None:
             self._check_same(facts)

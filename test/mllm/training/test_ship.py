@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -10,13 +9,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from safetensors.torch import load_file, save_file
-
 from mllm.demonstrations import read_demonstration, write_demonstration
 from mllm.training.config import TrainConfig
 from mllm.training.data import find_demonstrations, held_out
 from mllm.training.ship import history
-from mllm.training.state import read_facts
 from mllm.training.trainer import Trainer
 
 
@@ -24,7 +20,9 @@ def test_a_history_tells_of_what_was_learned_from(settings, demonstrations, tmp_
     folder = shutil.copytree(demonstrations, tmp_path / "demos")
     demo = read_demonstration(folder / "seed_00000000.hdf5")
     write_demonstration(folder / "seed_00000040.hdf5", replace(demo, seed=40, outcome="failure"))
-    settings |= {"data": [str(folder), str(folder)], "steps": 1, "validation": 0.5}
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    settings |= {"data": [str(folder), str(folder), str(link)], "steps": 1, "validation": 0.5}
     assert Trainer(TrainConfig(**settings), tmp_path, lambda line: None).run()
     demos = [read_demonstration(path) for path in find_demonstrations([str(folder)])]
     kept = [demo.seed for demo in demos if not held_out(demo, 0.5)]
@@ -43,13 +41,3 @@ def test_a_history_tells_of_what_was_learned_from(settings, demonstrations, tmp_
     after = replace(after, data=(str(demonstrations),), validation=0.0)
     assert Trainer(after, tmp_path, lambda line: None).run()
     assert history(tmp_path / "after")[0]["demonstrations"] == [cut, whole]
-
-
-def test_a_state_of_an_older_version_is_told_of_by_its_folders(settings, demonstrations, tmp_path):
-    Trainer(TrainConfig(**settings), tmp_path, lambda line: None).run(1)
-    path = tmp_path / "run" / "state.safetensors"
-    facts = read_facts(path.parent)
-    del facts["learned"]
-    save_file(load_file(path), path, {"facts": json.dumps(facts)})
-    (run,) = history(tmp_path / "run")
-    assert run["demonstrations"] == [{"suite": "libero_spatial", "source": "expert", "episodes": 6}]
