@@ -44,7 +44,9 @@ class CompressConfig:
     attention_weight: of attention's ranks in "tokencarve", 0.5 in the authors' code; contribution has the rest.
     query: whose attention counts, of the last token of the prompt ("prompt", the authors' code), or, where an answer is
         given in one pass, of all its slots ("answer", our choice).
-    trim: cut the keys and values of the earlier layers to the kept tokens too, as the authors' code does.
+    trim: cut the keys and values of the earlier layers to the kept tokens too, as the authors' code does. Only an
+        answer's later tokens notice, where they are given one by one; a policy that was trained for fewer tokens wants
+        these layers whole (`mllm.training.thinning`).
     seed: of "random".
     """
 

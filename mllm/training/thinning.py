@@ -2,6 +2,9 @@
 
 The papers' methods need no training, and neither do ours; but a small model that has always had all of its tokens loses
 more without them than one that has not (our choice). What is drawn favours none of the methods that it is made for.
+
+A model that answers token by token learns to do it as `CompressConfig.trim` off has it: all tokens of the answer see
+all visual ones in the layers before the drop. It is to act so too.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from mllm.checkpoint import load_checkpoint  # noqa: E402
 from mllm.compress import CompressConfig  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
-from mllm.generate import compressor  # noqa: E402
+from mllm.generate import ActionDecoder, compressor  # noqa: E402
 from mllm.training import thinning as module  # noqa: E402
 from mllm.training.config import TrainConfig  # noqa: E402
 from mllm.training.learner import Learner  # noqa: E402
@@ -66,6 +66,21 @@ def test_training_drops_what_acting_does(model, monkeypatch, decoding, method):
             model.one_pass(*prompt, hook=noting(acting))
             model.one_pass(*prompt, hook=noting(training))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("trim", "alike"), [(False, True), (True, False)])
+def test_a_causal_model_learns_to_act_with_its_first_layers_whole(model, trim, alike):
+    model = init_random(VLA(replace(model.config, decoding="causal")), 0)
+    config = CompressConfig("flashvla", keep=2, layer=2, trim=trim)
+    torch.manual_seed(0)
+    prompt = model.prompt(torch.randn(32, 8, 32), [[1, 4, 5]] * 32)
+    acting = ActionDecoder(model, hook=compressor(model, config))
+    with torch.no_grad():
+        said = acting.decode(acting.prefill(*prompt))
+        hidden = model.teacher_forced(*prompt, said, hook=compressor(model, config, taught=True))
+        taught, _ = model.language_model.best(hidden, model.config.action_ids)
+    assert torch.equal(said[:, 0], taught[:, 0])
+    assert torch.equal(said, taught) == alike
 
 
 @pytest.mark.parametrize("layer", [1, 2])
