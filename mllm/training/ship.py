@@ -32,11 +32,14 @@ def ship(run: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
 def history(run: Path) -> list[dict[str, Any]]:
     """The run and those it started from, the first one first: configuration, steps, and what it learned from.
 
-    What a shipped checkpoint came from is written beside it. Raises PolicyError: `run` has no state.
+    What a shipped checkpoint came from is written beside it. Raises PolicyError: a run has no state, or one that
+    does not say what it learned from.
     """
     facts = read_facts(run)
     if facts is None:
         raise PolicyError(f"{run} is no run: it has no state")
+    if "learned" not in facts:
+        raise PolicyError(f"{run} was trained before states said what a run learned from: train it again")
     config = facts["config"]
     before: list[dict[str, Any]] = []
     if config["init"]:

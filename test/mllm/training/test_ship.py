@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -9,10 +10,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file
+
 from mllm.demonstrations import read_demonstration, write_demonstration
+from mllm.errors import PolicyError
 from mllm.training.config import TrainConfig
 from mllm.training.data import find_demonstrations, held_out
 from mllm.training.ship import history
+from mllm.training.state import read_facts
 from mllm.training.trainer import Trainer
 
 
@@ -41,3 +46,13 @@ def test_a_history_tells_of_what_was_learned_from(settings, demonstrations, tmp_
     after = replace(after, data=(str(demonstrations),), validation=0.0)
     assert Trainer(after, tmp_path, lambda line: None).run()
     assert history(tmp_path / "after")[0]["demonstrations"] == [cut, whole]
+
+
+def test_a_state_that_does_not_say_what_was_learned_from_is_an_error(settings, demonstrations, tmp_path):
+    Trainer(TrainConfig(**settings), tmp_path, lambda line: None).run(1)
+    path = tmp_path / "run" / "state.safetensors"
+    facts = read_facts(path.parent)
+    del facts["learned"]
+    save_file(load_file(path), path, {"facts": json.dumps(facts)})
+    with pytest.raises(PolicyError, match=r"run was trained before .*: train it again"):
+        history(tmp_path / "run")
