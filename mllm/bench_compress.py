@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mllm.config import NAMED, check_choice, check_sizes
 from mllm.contribution import information_contribution
 from mllm.decoder import LayerState
 from mllm.errors import PolicyError
-from mllm.flops import eigen_flops, step_flops, visual_flops
+from mllm.flops import eigen_flops, visual_flops
 from mllm.policy import Observation
 from mllm.selection import top
 from mllm.sweep import draw_clips
@@ -67,8 +68,8 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
 
     "arms": "uncompressed", and for every method "METHOD all" and "METHOD KEEP", with p50, p99 and least milliseconds of
     every stage, of the whole "step", and of the processor time that it took ("cpu", of all threads); and as shares of
-    the uncompressed arm "step_share" and "cpu_share" (p50), "visual_flops", "step_flops" (both without eigenvectors)
-    and "eigen_flops". "select_share": p50 of choosing, of the uncompressed step.
+    the uncompressed arm "step_share" and "cpu_share" (p50), "visual_flops", "step_flops" (mean; both without
+    eigenvectors) and "eigen_flops". "select_share": p50 of choosing, of the uncompressed step.
     "exact": see `exactness`. "score": see `score_speed`.
     """
     config = config or BenchCompressConfig()
@@ -84,19 +85,22 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
         arms[f"{method} all"] = replace(chosen, keep=tokens)
         arms[f"{method} {config.keep}"] = chosen
     seen = _observations(config, policy)
-    words = len(policy.tokenizer.prompt(seen[0][0]))
     times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for step, (instruction, observation) in enumerate(seen):
+    flops: dict[str, list[int]] = {name: [] for name in arms}
+    for step, (instruction, frames) in enumerate(seen):
         for name, compress in arms.items():
-            policy.compress = compress
+            policy.compress, answer = compress, None
             # A prefill after a change sets up its cache anew; what is measured is the next.
-            for _ in range(2):
-                episode, started, worked = policy.begin(instruction), time.perf_counter(), time.process_time()
-                timing = policy.act_batch([episode], [observation])[0].timing
+            for observation in frames:
+                episode = replace(policy.begin(instruction), answer=answer)
+                started, worked = time.perf_counter(), time.process_time()
+                done = policy.act_batch([episode], [observation])[0]
+                answer = episode.answer
                 elapsed, work = time.perf_counter() - started, time.process_time() - worked
             if step:
-                times[name].append({**timing, "step": elapsed, "cpu": work})
-    whole, vision_whole = step_flops(policy.model, words)["step"], visual_flops(policy.config.decoder, tokens)
+                times[name].append({**done.timing, "step": elapsed, "cpu": work})
+                flops[name].append(done.flags["flops"])
+    whole, vision_whole = sum(flops["uncompressed"]), visual_flops(policy.config.decoder, tokens)
     cameras = len(policy.config.cameras)
     summaries = {name: stage_summary(steps) for name, steps in times.items()}
     base, work = (summaries["uncompressed"][name]["p50_ms"] for name in ("step", "cpu"))
@@ -109,8 +113,8 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
             "cpu_share": round(summaries[name]["cpu"]["p50_ms"] / work, 3),
             "select_share": round(select / base, 4),
             "visual_flops": round(visual_flops(policy.config.decoder, tokens, compress) / vision_whole, 4),
-            "step_flops": round(step_flops(policy.model, words, compress)["step"] / whole, 4),
-            "eigen_flops": round(eigen_flops(tokens, cameras, compress) / whole, 4),
+            "step_flops": round(sum(flops[name]) / whole, 4),
+            "eigen_flops": round(config.steps * eigen_flops(tokens, cameras, compress) / whole, 4),
         }
     return {
         "model": config.model,
@@ -124,16 +128,17 @@ def measure_compression(config: BenchCompressConfig | None = None) -> dict[str, 
     }
 
 
-def _observations(config: BenchCompressConfig, policy: VLAPolicy) -> list[tuple[str, Observation]]:
-    """Instructions and observations: one to warm up, and one for every step."""
+def _observations(config: BenchCompressConfig, policy: VLAPolicy) -> list[tuple[str, list[Observation]]]:
+    """Instructions and two frames, one behind the other: once to warm up, and once for every step."""
     count = config.steps + 1
     if not config.demonstrations:
-        return [(INSTRUCTION, noise_observation(policy.model, number)) for number in range(count)]
-    clips = draw_clips(Path(config.demonstrations), count, 1)
-    return [(clip.instruction, next(clip.observations())) for clip in clips]
+        noise = [noise_observation(policy.model, number) for number in range(count + 1)]
+        return [(INSTRUCTION, list(pair)) for pair in pairwise(noise)]
+    clips = draw_clips(Path(config.demonstrations), count, 2)
+    return [(clip.instruction, list(clip.observations())) for clip in clips]
 
 
-def exactness(policy: VLAPolicy, seen: Sequence[tuple[str, Observation]], layer: int) -> dict[str, Any]:
+def exactness(policy: VLAPolicy, seen: Sequence[tuple[str, list[Observation]]], layer: int) -> dict[str, Any]:
     """Whether the highest scores after `layer` are those of a full decomposition in float64.
 
     "observations": looked at.  "keeps": numbers of tokens kept, eighths of all.  "equal": observations whose kept sets
@@ -147,8 +152,8 @@ def exactness(policy: VLAPolicy, seen: Sequence[tuple[str, Observation]], layer:
             states.append(state.hidden[0, 1 : count + 1].cpu())
 
     watched = VLAPolicy(policy.model, policy.tokenizer, hook=note)
-    for instruction, observation in seen:
-        watched.act_batch([watched.begin(instruction)], [observation])
+    for instruction, frames in seen:
+        watched.act_batch([watched.begin(instruction)], [frames[-1]])
     keeps, equal, tokens = [count * part // 8 for part in range(1, 8)], 0, 0
     for state in states:
         ours, exact = information_contribution(state)[None], _published(state.double())[None]

@@ -316,22 +316,22 @@ class Decoder(nn.Module):
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         pairs: list[tuple[Tensor, Tensor]],
-        slot: Tensor,
+        slots: Tensor,
         bias: Tensor,
     ) -> Tensor:
-        """`forward` for one more position, with shapes that do not depend on how much the cache holds.
+        """`forward` for T more positions, with shapes that do not depend on how much the cache holds.
 
-        hidden: (B, 1, d).  rotary: see `rotary`.  pairs: `KVCache.pairs`, whose bookkeeping is left alone.
-        slot: (L,) int64, where each layer's key and value go.
-        bias: (L, B, 1, 1, S), what each slot adds to its layer's scores: 0, or -inf for what is not seen.
-        Returns (B, 1, d).
+        hidden: (B, T, d).  rotary: see `rotary`.  pairs: `KVCache.pairs`, whose bookkeeping is left alone.
+        slots: (L, T) int64, where each layer's keys and values go.
+        bias: (L, B, 1, T, S), what each slot adds to its layer's scores: 0, or -inf for what is not seen.
+        Returns (B, T, d).
         """
         layers = cast("list[DecoderLayer]", self.layers)
-        for layer, (keys, values), place, row in zip(layers, pairs, slot.split(1), bias.unbind(0), strict=True):
+        for layer, (keys, values), places, seen in zip(layers, pairs, slots.unbind(0), bias.unbind(0), strict=True):
             query, key, value = layer.self_attn.project(layer.input_layernorm(hidden), rotary)
-            keys.index_copy_(2, place, key)
-            values.index_copy_(2, place, value)
-            hidden = hidden + layer.self_attn.attend(query, keys, values, row, False)
+            keys.index_copy_(2, places, key)
+            values.index_copy_(2, places, value)
+            hidden = hidden + layer.self_attn.attend(query, keys, values, seen, False)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return self.norm(hidden)
 

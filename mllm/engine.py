@@ -1,4 +1,4 @@
-"""Decoding token by token with shapes that never change, CUDA graphs of what has such shapes, and compilation.
+"""Decoding with shapes that never change, CUDA graphs of what has such shapes, and compilation.
 
 Launching a decoder's many small kernels takes a GPU longer than running them. There, each part of an answer is recorded
 once for every shape of its inputs, and replayed as a whole; on a CPU the same functions run as they are.
@@ -27,30 +27,34 @@ ONE_THREAD = 1 << 20
 class TokenLoop:
     """Greedy decoding of the tokens that follow the first, on a cache that a prefill has filled.
 
-    Every call does the same to the same memory. What differs between answers is data, in static buffers (B samples,
-    L layers, S slots):
+    All of them at once: a pass foretells each token from a guess of those before it, and what it foretells is the next
+    pass's guess, until nothing changes (Jacobi decoding: Santilli et al., arXiv 2305.10427; for actions PD-VLA, Song et
+    al., arXiv 2503.02310). After n passes n tokens are what they would be one after the other, so that as many passes
+    as tokens always do; and a pass, like a single token, reads every weight once. On the first guess depends how many
+    passes an answer takes, never the answer.
+
+    Every pass does the same to the same memory. What differs between answers is data, in static buffers (B samples,
+    L layers, S slots, T = count - 1 tokens that follow):
     position: (B, 1) int64, rotary position of the first token.
     slot: (L,) int64, where each layer puts the first token's key and value.
-    bias: (L, B, 1, 1, S), added to the scores: -inf for slots that hold nothing real, and 0 for others; `run` opens the
-        slots that it fills.
+    bias: (L, B, 1, T, S), added to the scores of each token: 0 where it sees a slot, and -inf elsewhere; a pass opens
+        the slots that it fills.
+    passes: that the last answer took.
     """
 
     def __init__(self, language: LanguageModel, cache: KVCache, ids: tuple[int, int], count: int) -> None:
-        self.language, self.cache, self.ids, self.count = language, cache, ids, count
+        self.language, self.cache, self.ids, self.count, self.passes = language, cache, ids, count, 0
         embeddings = language.model.embed_tokens.weight
         layers, device, self.dtype = len(cache.used), embeddings.device, embeddings.dtype
         self.position = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
         self.slot = torch.zeros(layers, dtype=torch.int64, device=device)
-        self.bias = torch.zeros(layers, cache.batch, 1, 1, cache.capacity, dtype=self.dtype, device=device)
+        self.bias = torch.zeros(layers, cache.batch, 1, count - 1, cache.capacity, dtype=self.dtype, device=device)
         self._later = torch.arange(count - 1, device=device)
         self._slots = torch.arange(cache.capacity, device=device)
+        self._one_another = torch.full((count - 1, count - 1), -torch.inf, dtype=self.dtype, device=device).triu(1)
         weights = matrix_weights(language.model.layers[0])
         self._one_thread = device.type == "cpu" and weights <= ONE_THREAD
-        self._run = Recorded(self.run, device.type == "cuda")
-
-    def __call__(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """See `run`."""
-        return self._run(first)
+        self._foretell = Recorded(self.foretell, device.type == "cuda")
 
     def load(self, position: Tensor) -> None:
         """Fills the buffers by what the cache holds; position: (B or 1, 1) of the first token."""
@@ -62,21 +66,29 @@ class TokenLoop:
             empty = empty | ~torch.stack([real if valid is None else valid for valid in self.cache.valid])
         self.bias.zero_().masked_fill_(empty[:, :, None, None], -torch.inf)
 
-    def run(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        """first: (B, 1) ids. Returns (B, count) ids, the first among them, and the others' logits, (B, count - 1)."""
-        language, decoder, tokens = self.language, self.language.model, [first]
-        logits: list[Tensor] = []
-        rotary = decoder.rotary(self.position + self._later, self.dtype)
+    def __call__(self, first: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """first: (B, 1) ids.  guess: (B, count) ids, an answer that this one may be like; None is the first repeated.
+
+        Returns (B, count) ids, the first among them, and the others' logits, (B, count - 1).
+        """
+        later = (first if guess is None else guess[:, 1:-1]).expand(-1, self.count - 2)
+        settled, self.passes = False, 0
+        while not settled and self.passes < self.count - 1:
+            tokens, logits = self._foretell(torch.cat((first, later), 1))
+            settled, later = torch.equal(tokens[:, :-1], later), tokens[:, :-1].clone()
+            self.passes += 1
+        return torch.cat((first, tokens), 1), logits
+
+    def foretell(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: (B, T) ids. Returns what follows each of them, (B, T) ids, and its logit, (B, T)."""
+        decoder = self.language.model
         with one_thread(self._one_thread):
-            for done in range(self.count - 1):
-                slot = self.slot + done
-                self.bias.scatter_(-1, slot.view(-1, 1, 1, 1, 1).expand(*self.bias.shape[:-1], 1), 0.0)
-                turn = (rotary[0][:, :, done : done + 1], rotary[1][:, :, done : done + 1])
-                hidden = decoder.step(decoder.embed_tokens(tokens[-1]), turn, self.cache.pairs, slot, self.bias)
-                token, logit = language.best(hidden, self.ids)
-                tokens.append(token)
-                logits.append(logit)
-        return torch.cat(tokens, 1), torch.cat(logits, 1)
+            slots = self.slot[:, None] + self._later
+            own = slots[:, None, None, None].expand(*self.bias.shape[:-1], -1)
+            self.bias.scatter_(-1, own, self._one_another.expand_as(own))
+            rotary = decoder.rotary(self.position + self._later, self.dtype)
+            hidden = decoder.step(decoder.embed_tokens(tokens), rotary, self.cache.pairs, slots, self.bias)
+            return self.language.best(hidden, self.ids)
 
 
 def compile_model(model: VLA) -> None:

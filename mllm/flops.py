@@ -48,11 +48,11 @@ def visual_flops(decoder: DecoderConfig, tokens: int, compress: CompressConfig |
 
 
 def step_flops(
-    model: VLA, words: int, compress: CompressConfig | None = None, restricted: bool = True
+    model: VLA, words: int, compress: CompressConfig | None = None, restricted: bool = True, passes: int = 1
 ) -> dict[str, int]:
     """Operations of one answer to one observation: "vision", "select", "prefill", "decode", and "step", their sum.
 
-    words: tokens of the instruction, the first one included.  restricted: see `mllm.generate.ActionDecoder`.
+    words: tokens of the instruction, the first one included.  restricted, passes: see `mllm.generate.ActionDecoder`.
     """
     config, decoder = model.config, model.config.decoder
     tokens = model.vision_backbone.tokens
@@ -74,7 +74,7 @@ def step_flops(
     if config.decoding == "causal":
         capacity = -(-(prompt + answer) // CAPACITY_STEP) * CAPACITY_STEP
         layer = _projections(decoder, 1) + _outputs(decoder, 1, capacity)
-        decode = (answer - 1) * (decoder.num_hidden_layers * layer + head)
+        decode = passes * (answer - 1) * (decoder.num_hidden_layers * layer + head)
     stages = {
         "vision": _vision(model),
         "select": 0 if compress is None else selection_flops(config, tokens, length, compress),

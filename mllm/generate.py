@@ -1,4 +1,4 @@
-"""From a prompt to action tokens: greedily one by one, or all in one pass."""
+"""From a prompt to action tokens: greedily in a few passes, or all in one."""
 
 from __future__ import annotations
 
@@ -73,11 +73,13 @@ class ActionDecoder:
     hook: token selection in the prefill, which then is not recorded on CUDA; see `mllm.decoder` and `mllm.engine`. It
         may be changed between two answers.
     choice: what the hook did with the last prompt.
+    passes: that the last answer took after the prefill; see `mllm.engine.TokenLoop`.
     """
 
     def __init__(self, model: VLA, restricted: bool = True, hook: TokenHook | None = None) -> None:
         self.model, self.config = model, model.config
         self.ids = self.config.action_ids if restricted else (0, self.config.decoder.vocab_size)
+        self.passes = 0
         self.visual_tokens = Recorded(model.visual_tokens, model.device.type == "cuda")
         self.hook = hook
 
@@ -164,13 +166,16 @@ class ActionDecoder:
         return *language.best(last, self.ids), self.choice, cache.state
 
     @torch.inference_mode()
-    def decode(self, first: Tensor) -> Tensor:
-        """What `prefill` returned. Returns all tokens, (B, action tokens), in the order of the action's numbers; with
-        another head than "tokens" the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.
+    def decode(self, first: Tensor, guess: Tensor | None = None) -> Tensor:
+        """first: what `prefill` returned.  guess: an answer that this one may be like; see `mllm.engine.TokenLoop`.
+
+        Returns all tokens, (B, action tokens), in the order of the action's numbers; with another head than "tokens"
+        the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.
         """
         if first.shape[1] == self.config.action_tokens or self._loop is None:
             return first
-        tokens, logits = self._loop(first)
+        tokens, logits = self._loop(first, guess)
+        self.passes = self._loop.passes
         self._grounds = (self._grounds[0], logits)
         return tokens
 

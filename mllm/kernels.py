@@ -22,8 +22,9 @@ from quant.packed import PackedLinear
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Where a vector has 256 bits MKL is the faster one, by an eighth in training.
 WIDE = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
-# Below so many rows oneDNN's set-up costs more than it saves.
+# Below so many rows oneDNN's set-up costs more than it saves, unless there are more weights than so many.
 ONEDNN_ROWS = 8
+LARGE = 1 << 19
 # One row times so many weights or fewer is over before another thread has woken up.
 SMALL = 1 << 17
 
@@ -34,7 +35,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     size = x.shape[-1]
-    if WIDE and x.numel() >= ONEDNN_ROWS * size:
+    if WIDE and x.numel() >= (2 if weight.numel() > LARGE else ONEDNN_ROWS) * size:
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _Product.apply(x, weight, bias)
         return _onednn(x, weight, bias)

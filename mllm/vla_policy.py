@@ -32,10 +32,15 @@ from mllm.vla import VLA, init_random
 
 @dataclass
 class VLAEpisode:
-    """What a policy remembers of one episode: the instruction's ids, and what is left of a chunk, (n, 7) commands."""
+    """What a policy remembers of one episode.
+
+    text: ids of the instruction.  chunk: what is left of one, (n, 7) commands.  answer: the tokens that a causal
+    model said last.
+    """
 
     text: list[int]
     chunk: np.ndarray = field(default_factory=lambda: np.empty((0, 7), np.float32))
+    answer: Tensor | None = None
 
 
 class VLAPolicy:
@@ -91,7 +96,7 @@ class VLAPolicy:
             raise PolicyError(f"a hook was given beside {compress}: the decoder has one, so give one of them")
         self.decoder = ActionDecoder(model, restricted, hook)
         self._restricted, self._hooked = restricted, hook is not None
-        self._flops: dict[int, dict[str, int]] = {}
+        self._flops: dict[tuple[int, int], dict[str, int]] = {}
         self._weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         # Prompts of a new length are compiled and recorded before an episode, not in it.
         self._rehearses = compile or model.device.type == "cuda"
@@ -154,7 +159,7 @@ class VLAPolicy:
 
         flags: "prompt_tokens" where the model ran, and what that costs: "weight_bytes", which the weights take in
         memory, and of `mllm.flops` "flops" (of the whole look) and "visual_flops"; "chunk_step", the number of the
-        action, where chunks have several.
+        action, where chunks have several; "passes", where the model is causal, that its answer took to decode.
         Raises PolicyError: an observation without what the model looks at, or with NaN or infinity in it, or what
         `ActionDecoder.check` raises.
         """
@@ -163,10 +168,11 @@ class VLAPolicy:
         seen: dict[int, dict[str, np.ndarray | None]] = {}
         length = 0
         if looking:
-            texts = [episodes[i].text for i in sorted(looking)]
-            chunks, choice, timing, length = self._infer(texts, [observations[i] for i in sorted(looking)])
-            tokens = choice.visual(len(texts), self.model.vision_backbone.tokens)
-            for i, chunk, (kept, merged) in zip(sorted(looking), chunks, tokens, strict=True):
+            places = sorted(looking)
+            asked = [episodes[i] for i in places], [observations[i] for i in places]
+            chunks, choice, timing, length = self._infer(*asked)
+            tokens = choice.visual(len(places), self.model.vision_backbone.tokens)
+            for i, chunk, (kept, merged) in zip(places, chunks, tokens, strict=True):
                 episodes[i].chunk = chunk[: self.execute]
                 seen[i] = {"kept": kept, "merged": merged, "plan": chunk if self.config.chunk > 1 else None}
         steps = []
@@ -182,17 +188,22 @@ class VLAPolicy:
         return steps
 
     def _operations(self, words: int) -> dict[str, int]:
-        """Flags of one look with an instruction of so many tokens; none where a hook of somebody else's chooses."""
+        """Flags of the last look, with an instruction of so many tokens; of operations none where a hook of somebody
+        else's chooses.
+        """
+        passes = self.decoder.passes
+        flags = {"passes": passes} if passes else {}
         if self._hooked:
-            return {}
-        if words not in self._flops:
-            whole = step_flops(self.model, words, self._compress, self._restricted)["step"]
+            return flags
+        if (words, passes) not in self._flops:
+            whole = step_flops(self.model, words, self._compress, self._restricted, passes)["step"]
             decoder, tokens = self.config.decoder, self.model.vision_backbone.tokens
-            self._flops[words] = {"flops": whole, "visual_flops": visual_flops(decoder, tokens, self._compress)}
-        return self._flops[words]
+            visual = visual_flops(decoder, tokens, self._compress)
+            self._flops[words, passes] = {**flags, "flops": whole, "visual_flops": visual}
+        return self._flops[words, passes]
 
     def _infer(
-        self, texts: list[list[int]], observations: list[Observation]
+        self, episodes: list[VLAEpisode], observations: list[Observation]
     ) -> tuple[np.ndarray, Choice, dict[str, float], int]:
         """Returns (B, chunk, 7) commands, which tokens were kept, seconds a stage, and the prompt's length."""
         clock = [time.perf_counter()]
@@ -208,11 +219,16 @@ class VLAPolicy:
         lap()
         visual = self.decoder.visual_tokens(pixels)
         lap()
-        prompt = self.model.prompt(visual, texts, proprio)
+        prompt = self.model.prompt(visual, [episode.text for episode in episodes], proprio)
         first = self.decoder.prefill(*prompt)
         lap()
-        answer = self.decoder.decode(first)
+        # From one look to the next an action changes little (our choice).
+        before = [episode.answer for episode in episodes if episode.answer is not None]
+        answer = self.decoder.decode(first, torch.stack(before) if len(before) == len(episodes) else None)
         self.decoder.check()
+        if self.decoder.passes:
+            for episode, row in zip(episodes, answer, strict=True):
+                episode.answer = row
         commands = self.command(answer.float().cpu().numpy())
         lap()
         preprocess, vision, prefill, decode = (after - before for before, after in pairwise(clock))

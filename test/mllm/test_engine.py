@@ -62,7 +62,7 @@ def choose(trim):
 @pytest.mark.parametrize("hook", [None, choose(True), choose(False)], ids=["all kept", "trimmed", "ragged"])
 @pytest.mark.parametrize("texts", TEXTS.values(), ids=TEXTS)
 @torch.inference_mode()
-def test_a_static_step_equals_the_decoders_own(model, texts, hook):
+def test_a_pass_foretells_what_the_decoder_does_token_by_token(model, texts, hook):
     language, (hidden, positions, valid) = model.language_model, prompt(model, texts)
     batch, length, _ = hidden.shape
     caches = [KVCache(TINY.decoder, batch, length + spare) for spare in (3, 17)]
@@ -70,15 +70,17 @@ def test_a_static_step_equals_the_decoders_own(model, texts, hook):
         language.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
     loop = TokenLoop(model.language_model, caches[1], TINY.action_ids, 4)
     loop.load(positions[:, -1:] + 1)
+    tokens = torch.randint(*TINY.action_ids, (batch, 3))
+    for _ in range(2):  # a pass over what the pass before has left
+        loop.foretell(tokens.flip(1))
+        following, logits = loop.foretell(tokens)
     for done in range(3):
-        token = torch.randn(batch, 1, 64)
-        place = (positions[:, -1:] + 1 + done).expand(batch, -1)
-        expected = language.model(token, place, cache=caches[0])
-        slot = loop.slot + done
-        for layer, filled in enumerate(slot):
-            loop.bias[layer, ..., filled] = 0
-        ours = language.model.step(token, language.model.rotary(place, torch.float32), caches[1].pairs, slot, loop.bias)
-        assert torch.allclose(ours, expected, atol=1e-5)
+        place = positions[:, -1:] + 1 + done
+        expected = language.best(
+            language.model(model.embed(tokens[:, done : done + 1]), place, cache=caches[0]), loop.ids
+        )
+        assert torch.equal(following[:, done : done + 1], expected[0])
+        assert torch.allclose(logits[:, done : done + 1], expected[1], atol=1e-5)
 
 
 @torch.inference_mode()
@@ -104,6 +106,23 @@ def test_one_decoder_serves_prompts_of_every_length_and_number_in_any_order(mode
     for seed, texts in enumerate([TEXTS["alone"], TEXTS["padded"], long, TEXTS["alone"], TEXTS["padded"]]):
         asked = prompt(model, texts, seed)
         assert torch.equal(decoder.decode(decoder.prefill(*asked)), greedy(model, *asked))
+
+
+@torch.inference_mode()
+def test_whatever_the_guess_an_answer_is_the_greedy_one_in_no_more_passes_than_tokens_follow(model):
+    decoder = ActionDecoder(model)
+    for seed in range(10):
+        asked = prompt(model, TEXTS["padded"], seed)
+        answer = greedy(model, *asked)
+        first = decoder.prefill(*asked)
+        for guess, most in (
+            (None, 6),
+            (answer.roll(1, 0), 6),
+            (answer, 1),
+            (torch.cat((answer[:, :5], first, first), 1), 2),
+        ):
+            assert torch.equal(decoder.decode(first, guess), answer)
+            assert 1 <= decoder.passes <= most
 
 
 @torch.inference_mode()
@@ -230,6 +249,10 @@ def test_what_is_recorded_never_looks_at_a_value(decoding):
         hidden = torch.cat((model.embed(torch.zeros(2, 5, dtype=torch.int64)), visual), 1)
         positions = torch.arange(hidden.shape[1])[None]
         for valid in (None, torch.ones(hidden.shape[:2], dtype=torch.bool)):
-            tokens = decoder.decode(decoder.prefill(hidden, positions, valid))
-            assert tokens.device.type == "meta"
-            assert tokens.shape == (2, 7)
+            first = decoder.prefill(hidden, positions, valid)
+            if decoding == "causal":
+                tokens, logits = decoder._loop.foretell(first.expand(-1, 6))
+                assert tokens.shape == logits.shape == (2, 6)
+                first = torch.cat((first, tokens), 1)
+            assert first.device.type == "meta"
+            assert first.shape == (2, 7)

@@ -47,12 +47,24 @@ def test_a_step_costs_what_torch_counts(model, method):
     compress = chosen(model, method)
     decoder = ActionDecoder(model, hook=compressor(model, compress))
     size = config.image_size
-    pixels = torch.zeros(1, len(config.cameras), 3 * len(config.towers), size, size)
+    pixels = torch.randn(1, len(config.cameras), 3 * len(config.towers), size, size)
     proprio = torch.zeros(1, 3) if config.proprio else None
     texts = [[1, *range(3, 1 + WORDS), 2]]
     assert len(texts[0]) == WORDS
     measured = counted(lambda: decoder.generate(pixels, texts, proprio))
-    assert step_flops(model, WORDS, compress)["step"] == pytest.approx(measured, rel=0.01)
+    assert step_flops(model, WORDS, compress, passes=decoder.passes)["step"] == pytest.approx(measured, rel=0.01)
+
+
+@torch.inference_mode()
+def test_every_pass_after_a_wrong_guess_costs_what_torch_counts():
+    model = init_random(VLA(MODELS["causal"]), 0).eval()
+    decoder = ActionDecoder(model)
+    asked = model.prompt(model.visual_tokens(torch.randn(1, 1, 3, 128, 128)), [[1, *range(3, 1 + WORDS), 2]])
+    first = decoder.prefill(*asked)
+    answer = decoder.decode(first)
+    measured = counted(lambda: decoder.decode(first, answer + 1))
+    assert decoder.passes > 1
+    assert step_flops(model, WORDS, passes=decoder.passes)["decode"] == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["none", "flashvla"])

@@ -11,10 +11,10 @@ from torch.nn.functional import linear  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from mllm import kernels  # noqa: E402
-from mllm.kernels import ONEDNN, ONEDNN_ROWS, SMALL, Linear, attention, product, rms_norm  # noqa: E402
+from mllm.kernels import LARGE, ONEDNN, ONEDNN_ROWS, SMALL, Linear, attention, product, rms_norm  # noqa: E402
 
 ROWS = [(1,), (1, 1), (1, 1, 1), (3, 1), (ONEDNN_ROWS,), (2, 33), (2, 3, 5)]
-WEIGHTS = [(256, 192), (SMALL // 64 + 8, 64), (SMALL // 63 + 1, 63), (7, 5), (1, 3)]
+WEIGHTS = [(256, 192), (SMALL // 64 + 8, 64), (SMALL // 63 + 1, 63), (LARGE // 256 + 1, 256), (7, 5), (1, 3)]
 
 
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"])

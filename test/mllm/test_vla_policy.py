@@ -45,7 +45,8 @@ def test_the_mini_is_a_policy_of_its_group_and_answers_actions():
     assert step.action.dtype == np.float32
     assert list(step.timing) == ["preprocess", "vision", "prefill", "decode"]
     assert all(seconds > 0 for seconds in step.timing.values())
-    flops = {"flops": step_flops(policy.model, 1 + 17)["step"]}
+    passes = policy.decoder.passes
+    flops = {"passes": passes, "flops": step_flops(policy.model, 1 + 17, passes=passes)["step"]}
     flops["visual_flops"] = visual_flops(policy.config.decoder, 128)
     weights = sum(4 * parameter.numel() for parameter in policy.model.parameters())
     assert step.flags == {"prompt_tokens": 1 + 128 + 17, "weight_bytes": weights, **flops}
