@@ -135,7 +135,8 @@ def _observations(config: BenchCompressConfig, policy: VLAPolicy) -> list[tuple[
         noise = [noise_observation(policy.model, number) for number in range(count + 1)]
         return [(INSTRUCTION, list(pair)) for pair in pairwise(noise)]
     clips = draw_clips(Path(config.demonstrations), count, 2)
-    return [(clip.instruction, list(clip.observations())) for clip in clips]
+    frames = [(clip.instruction, list(clip.observations())) for clip in clips]
+    return [(instruction, [seen[0], seen[-1]]) for instruction, seen in frames]  # a clip may have a single frame
 
 
 def exactness(policy: VLAPolicy, seen: Sequence[tuple[str, list[Observation]]], layer: int) -> dict[str, Any]:

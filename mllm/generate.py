@@ -73,13 +73,11 @@ class ActionDecoder:
     hook: token selection in the prefill, which then is not recorded on CUDA; see `mllm.decoder` and `mllm.engine`. It
         may be changed between two answers.
     choice: what the hook did with the last prompt.
-    passes: that the last answer took after the prefill; see `mllm.engine.TokenLoop`.
     """
 
     def __init__(self, model: VLA, restricted: bool = True, hook: TokenHook | None = None) -> None:
         self.model, self.config = model, model.config
         self.ids = self.config.action_ids if restricted else (0, self.config.decoder.vocab_size)
-        self.passes = 0
         self.visual_tokens = Recorded(model.visual_tokens, model.device.type == "cuda")
         self.hook = hook
 
@@ -96,6 +94,11 @@ class ActionDecoder:
         self._loops: dict[int, tuple[TokenLoop, Recorded]] = {}
         self._loop: TokenLoop | None = None
         self._grounds: tuple[Tensor, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        """What the last answer took after the prefill; see `mllm.engine.TokenLoop`."""
+        return 0 if self._loop is None else self._loop.passes
 
     def _room(self, batch: int, slots: int) -> tuple[TokenLoop, Recorded]:
         """A loop whose cache has so much room, and the prefill that fills it."""
@@ -175,7 +178,6 @@ class ActionDecoder:
         if first.shape[1] == self.config.action_tokens or self._loop is None:
             return first
         tokens, logits = self._loop(first, guess)
-        self.passes = self._loop.passes
         self._grounds = (self._grounds[0], logits)
         return tokens
 

@@ -74,6 +74,16 @@ def test_a_pass_foretells_what_the_decoder_does_token_by_token(model, texts, hoo
     for _ in range(2):  # a pass over what the pass before has left
         loop.foretell(tokens.flip(1))
         following, logits = loop.foretell(tokens)
+    hidden = torch.randn(batch, 3, 64)
+    places, slots = positions[:, -1:] + 1 + torch.arange(3), loop.slot[:, None] + torch.arange(3)
+    together = language.model.step(
+        hidden, language.model.rotary(places, torch.float32), caches[1].pairs, slots, loop.bias
+    )
+    state = caches[0].state
+    for done in range(3):
+        alone = language.model(hidden[:, done : done + 1], places[:, done : done + 1], cache=caches[0])
+        assert torch.allclose(together[:, done : done + 1], alone, atol=1e-5)
+    caches[0].state = state
     for done in range(3):
         place = positions[:, -1:] + 1 + done
         expected = language.best(
