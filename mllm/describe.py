@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mllm.compress import CompressConfig, Compressor
 from mllm.decoder import KVCache, TokenHook, require_finite
-from mllm.engine import TokenLoop
+from mllm.engine import JacobiLoop
 from mllm.errors import PolicyError
 from mllm.flops import prefill_flops
 from mllm.llava import Llava, LlavaConfig, Prompt
@@ -187,7 +187,7 @@ class Generator:
         going = set(range(batch))
         # What the prompt's dropped tokens took becomes free before the answer needs any.
         cache.resize(max(cache.used) + most - 1)
-        loop = TokenLoop(self.model.language_model, cache, (0, config.decoder.vocab_size), 2)
+        loop = JacobiLoop(self.model.language_model, cache, (0, config.decoder.vocab_size), 2)
         loop.load(prompt.positions[:, -1:] + 1)
         for step in range(most):
             if step:

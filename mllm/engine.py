@@ -24,7 +24,7 @@ from mllm.vla import VLA
 ONE_THREAD = 1 << 20
 
 
-class TokenLoop:
+class JacobiLoop:
     """Greedy decoding of the tokens that follow the first, on a cache that a prefill has filled.
 
     All of them at once: a pass foretells each token from a guess of those before it, and what it foretells is the next
@@ -92,7 +92,7 @@ class TokenLoop:
 
 
 def compile_model(model: VLA) -> None:
-    """Has torch.compile fuse, in place, the towers, the projector, the decoder and its step for one token.
+    """Has torch.compile fuse, in place, the towers, the projector, the decoder and its step.
 
     The first answer, and a first prompt of another length, then take seconds to minutes. Raises PolicyError: a CPU
     without a C++ compiler.

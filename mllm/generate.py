@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mllm.compress import CompressConfig, Compressor
 from mllm.decoder import CacheState, Kept, KVCache, LayerState, TokenHook, require_finite
-from mllm.engine import Recorded, TokenLoop
+from mllm.engine import JacobiLoop, Recorded
 from mllm.vla import VLA
 
 # A cache has a multiple of so many slots, so that prompts of similar lengths share one.
@@ -91,22 +91,22 @@ class ActionDecoder:
         # What a hook keeps may depend on what it sees, and its arithmetic may need the host.
         self._records_prefill = self.model.device.type == "cuda" and hook is None
         self._one_pass = Recorded(self._answer, self._records_prefill)
-        self._loops: dict[int, tuple[TokenLoop, Recorded]] = {}
-        self._loop: TokenLoop | None = None
+        self._loops: dict[int, tuple[JacobiLoop, Recorded]] = {}
+        self._loop: JacobiLoop | None = None
         self._grounds: tuple[Tensor, ...] = ()
 
     @property
     def passes(self) -> int:
-        """What the last answer took after the prefill; see `mllm.engine.TokenLoop`."""
+        """What the last answer took after the prefill; see `mllm.engine.JacobiLoop`."""
         return 0 if self._loop is None else self._loop.passes
 
-    def _room(self, batch: int, slots: int) -> tuple[TokenLoop, Recorded]:
+    def _room(self, batch: int, slots: int) -> tuple[JacobiLoop, Recorded]:
         """A loop whose cache has so much room, and the prefill that fills it."""
         known = self._loops.get(batch)
         if known is None or known[0].cache.capacity < slots:
             capacity = -(-slots // CAPACITY_STEP) * CAPACITY_STEP
             cache = KVCache(self.config.decoder, batch, capacity, self.model.dtype, self.model.device)
-            loop = TokenLoop(self.model.language_model, cache, self.ids, self.config.action_tokens)
+            loop = JacobiLoop(self.model.language_model, cache, self.ids, self.config.action_tokens)
             known = self._loops[batch] = loop, Recorded(partial(self._fill, cache), self._records_prefill)
         return known
 
@@ -170,7 +170,7 @@ class ActionDecoder:
 
     @torch.inference_mode()
     def decode(self, first: Tensor, guess: Tensor | None = None) -> Tensor:
-        """first: what `prefill` returned.  guess: an answer that this one may be like; see `mllm.engine.TokenLoop`.
+        """first: what `prefill` returned.  guess: an answer that this one may be like; see `mllm.engine.JacobiLoop`.
 
         Returns all tokens, (B, action tokens), in the order of the action's numbers; with another head than "tokens"
         the numbers themselves, (B, chunk, action_dim) in [-1, 1] or a little beyond.

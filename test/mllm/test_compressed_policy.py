@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from mllm.compress import METHODS, CompressConfig  # noqa: E402
 from mllm.config import named_config  # noqa: E402
 from mllm.contribution import information_contribution  # noqa: E402
-from mllm.engine import TokenLoop  # noqa: E402
+from mllm.engine import JacobiLoop  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.generate import ActionDecoder, compressor  # noqa: E402
 from mllm.policy import PROPRIO_SIZES, Observation, make_policy  # noqa: E402
@@ -221,7 +221,7 @@ def test_the_ragged_cache_keeps_what_the_trimmed_one_cuts(causal, observations):
     for trim in (True, False):
         causal.compress = CompressConfig("flashvla", keep=80, trim=trim)
         answers(causal, observations[:1])
-        assert isinstance(causal.decoder._loop, TokenLoop)
+        assert isinstance(causal.decoder._loop, JacobiLoop)
         used[trim] = causal.decoder._loop.cache.used
     causal.compress = CompressConfig()
     # One at the start, the cameras, one of proprioception, and the words; the ids of a prompt have its start too.

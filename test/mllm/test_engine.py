@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from mllm.config import DECODING, DINOV2, SIGLIP, DecoderConfig, TowerConfig, VLAConfig  # noqa: E402
 from mllm.decoder import Kept, KVCache  # noqa: E402
-from mllm.engine import Recorded, TokenLoop, one_thread  # noqa: E402
+from mllm.engine import JacobiLoop, Recorded, one_thread  # noqa: E402
 from mllm.errors import PolicyError  # noqa: E402
 from mllm.generate import ActionDecoder  # noqa: E402
 from mllm.tokenizer import WordTokenizer  # noqa: E402
@@ -68,7 +68,7 @@ def test_a_pass_foretells_what_the_decoder_does_token_by_token(model, texts, hoo
     caches = [KVCache(TINY.decoder, batch, length + spare) for spare in (3, 17)]
     for cache in caches:
         language.model(hidden, positions, valid=valid, cache=cache, hook=hook, last=1)
-    loop = TokenLoop(model.language_model, caches[1], TINY.action_ids, 4)
+    loop = JacobiLoop(model.language_model, caches[1], TINY.action_ids, 4)
     loop.load(positions[:, -1:] + 1)
     tokens = torch.randint(*TINY.action_ids, (batch, 3))
     for _ in range(2):  # a pass over what the pass before has left
