@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def write_card(checkpoint: Path, results: Sequence[Side], ablations: Mapping[str
     check_weights(checkpoint, [*results, *ablations.values()])
     runs = read_history(checkpoint)
     played = [episodes(side) for side in results]
+    states = {episode.key.init_state for found in played for episode in found}
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     lines = [
         f"# {checkpoint.name}",
@@ -40,8 +41,7 @@ def write_card(checkpoint: Path, results: Sequence[Side], ablations: Mapping[str
         "",
         "## Success in closed loop",
         "",
-        "Official initial states that neither training nor the choice of a checkpoint has seen, under OpenVLA's "
-        "protocol. Intervals are Wilson's, at 95 %.",
+        f"Initial states {named(states)}, under OpenVLA's protocol. Intervals are Wilson's, at 95 %.",
         "",
         *[line for found in played for line in success_table(found)],
     ]
@@ -85,6 +85,18 @@ def episodes(side: Side) -> list[EpisodeResult]:
     if not found:
         raise ConfigurationError(f"{side.path} holds no episode: evaluate first")
     return found
+
+
+def named(states: Set[int | str]) -> str:
+    """Initial states in words, those that follow one another as a range: "0-2, 5, sampled"."""
+    spans: list[list[int]] = []
+    for state in sorted(state for state in states if isinstance(state, int)):
+        if spans and state == spans[-1][-1] + 1:
+            spans[-1].append(state)
+        else:
+            spans.append([state])
+    names = [str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans]
+    return ", ".join([*names, *sorted(state for state in states if isinstance(state, str))])
 
 
 def success_table(found: Sequence[EpisodeResult]) -> list[str]:

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from mllm.checkpoint import load_checkpoint, write_json
 from mllm.digest import DIGEST, weights_digest
-from sim.card import write_card
+from sim.card import named, write_card
 from sim.errors import ConfigurationError
 from sim.results import EpisodeKey, EpisodeResult, RunFile
 from sim.statistics import Side, wilson
@@ -44,6 +44,10 @@ def run_of(path, outcomes, said, variant=""):
     return Side(path, variant)
 
 
+def test_the_states_that_were_played_are_named_as_ranges():
+    assert named({3, 0, 2, 9, "sampled", 7, 8, 5}) == "0, 2-3, 5, 7-9, sampled"
+
+
 def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, said, tmp_path):
     tiny = shutil.copytree(tiny, tmp_path / "checkpoint")
     write_json(
@@ -70,6 +74,7 @@ def test_a_card_gives_success_per_task_and_counts_errors_apart(tiny, said, tmp_p
     assert "| **libero_spatial** | 5 (+1 errors) | 80.0 %" in text
     assert "| libero_spatial 0: put the bowl somewhere | 2 (+1 errors) | 50.0 %" in text
     assert "| sight, libero_spatial | 4 | 0.0 %" in text
+    assert "Initial states 0-5, under" in text
     assert "`run`: 7 steps, on 540 episodes of libero_spatial (expert)" in text
     assert "- mujoco: 3.3.2" in text
 
