@@ -123,7 +123,8 @@ def select(
     scores = contribution(products, config.energy)
     if config.method == "flashvla" or attention is None:
         return Selection(top(scores, config.keep))
-    total = config.attention_weight * points(attention) + (1 - config.attention_weight) * points(scores)
+    by_attention, by_score = points(torch.cat((attention, scores))).chunk(2)
+    total = config.attention_weight * by_attention + (1 - config.attention_weight) * by_score
     plain = scored is None and not config.centre and not config.normalise
     return carve(tokens, products if plain else gram(rest), total, config.keep)
 
@@ -166,6 +167,7 @@ class Compressor:
         self.config, self.places = config, places
         self.slots, self.stop, self.mutual = slots, stop, mutual
         self.groups = images if config.per_camera else 1
+        self._rest: dict[int, Tensor] = {}
 
     def __call__(self, state: LayerState) -> Kept | None:
         if state.layer != self.config.layer or self.config.method == "none":
@@ -174,15 +176,11 @@ class Compressor:
         places = self.places.expand(batch, -1)
         selection = self._select(state, places)
         kept = places.gather(1, selection.kept)
-        left = torch.ones(batch, count, dtype=torch.bool, device=places.device)
-        left.scatter_(1, places, False).scatter_(1, kept, True)
-        remaining = count - places.shape[1] + kept.shape[1]
-        index = left.byte().argsort(dim=1, descending=True, stable=True)[:, :remaining]
+        rest = self._others(count).expand(batch, -1)
+        index, order = torch.cat((rest, kept), 1).sort(-1)
         hidden = merged = None
         if selection.tokens is not None:
-            rows = kept[..., None].expand_as(selection.tokens)
-            hidden = state.hidden.scatter(1, rows, selection.tokens)
-            hidden = rows_at(hidden, index)
+            hidden = rows_at(torch.cat((rows_at(state.hidden, rest), selection.tokens), 1), order)
         if selection.merged is not None:
             merged = places.gather(1, selection.merged.flatten(1)).view_as(selection.merged)
         return Kept(index, hidden, trim=self.config.trim, merged=merged)
@@ -207,6 +205,15 @@ class Compressor:
             merged = (merged.view(batch, groups, -1) + first).view(batch, -1, 2)
         kept = (selection.kept.reshape(batch, groups, -1) + first).view(batch, -1)
         return Selection(kept, merged, None if tokens is None else tokens.view(batch, config.keep, -1))
+
+    def _others(self, count: int) -> Tensor:
+        """The places among so many where no visual token stands, (B or 1, count - N), ascending."""
+        if count not in self._rest:
+            other = torch.ones(len(self.places), count, dtype=torch.bool, device=self.places.device)
+            other.scatter_(1, self.places, False)
+            rest = count - self.places.shape[1]
+            self._rest[count] = other.byte().argsort(dim=1, descending=True, stable=True)[:, :rest]
+        return self._rest[count]
 
     def _query(self, count: int) -> tuple[slice, int]:
         """Rows whose attention counts, of so many positions, and how many of the first positions they see."""

@@ -88,7 +88,7 @@ def contribution(products: Tensor, energy: float = 1.0) -> Tensor:
         # Ascending: a term belongs to the sum while the larger ones hold less than the share.
         larger = squares.flip(-1).cumsum(-1).flip(-1) - squares
         sizes = sizes * (larger < energy * squares.sum(-1, keepdim=True))
-    return (vectors.abs_() @ sizes[..., None])[..., 0]
+    return vectors.abs_().mul_(sizes[..., None, :]).sum(-1)
 
 
 def _eigh(products: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def prefill_flops(
 def selection_flops(config: VLAConfig, tokens: int, length: int, compress: CompressConfig) -> int:
     """Operations of choosing among the visual tokens of a prompt (with one-pass slots) of `length` positions.
 
-    Eigenvectors are left out, as torch's counter knows nothing of them; see `eigen_flops`.
+    Eigenvectors (see `eigen_flops`) and sums are left out, as torch's counter knows nothing of them.
     """
     decoder, groups = config.decoder, len(config.cameras) if compress.per_camera else 1
     count, keep, total = tokens // groups, compress.keep // groups, 0
@@ -112,10 +112,10 @@ def selection_flops(config: VLAConfig, tokens: int, length: int, compress: Compr
         total += 2 * decoder.num_attention_heads * decoder.head_dim * rows * seen
     if compress.method in ("flashvla", "tokencarve"):
         products = 2 * decoder.hidden_size * count**2
-        total += groups * (products + 2 * count**2)
+        total += groups * products
         if compress.method == "tokencarve":
             reserve = min(keep + keep // 2, count)
-            total += groups * 2 * (reserve - reserve // 2) * (reserve - keep) * decoder.hidden_size
+            total += groups * 2 * keep * (reserve if reserve > keep else 0) * decoder.hidden_size
             if compress.matrix != "layer" or compress.centre or compress.normalise:
                 total += groups * products
     return total

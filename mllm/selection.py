@@ -67,25 +67,23 @@ def carve(tokens: Tensor, products: Tensor, total: Tensor, keep: int) -> Selecti
     of an odd number the upper half has one more (our choice).
     """
     reserve = min(keep + keep // 2, tokens.shape[1])
-    order, low, merging = descending(total), reserve // 2, reserve - keep
-    upper, lower = order[:, : reserve - low].sort(-1).values, order[:, reserve - low : reserve].sort(-1).values
+    low, merging = reserve // 2, reserve - keep
+    # What follows is in places among the reserved tokens, which stand by index.
+    reserved, rank = descending(total)[:, :reserve].sort(-1)
     if not merging:
-        return Selection(order[:, :keep].sort(-1).values, order.new_empty(len(order), 0, 2))
-    length = lengths(products)
-    alike = rows_at(products, lower).gather(2, upper[:, None].expand(-1, low, -1)) / length.gather(1, upper)[:, None]
+        return Selection(reserved, reserved.new_empty(len(reserved), 0, 2))
+    lower = rank >= reserve - low
+    columns = reserved[:, None].expand(-1, reserve, -1)
+    length = lengths(products).gather(1, reserved)
+    alike = rows_at(products, reserved).gather(2, columns).masked_fill(lower[:, None], -torch.inf) / length[:, None]
     best, target = alike.max(-1)
-    falling = descending(best / length.gather(1, lower))
-    gone, stays = falling[:, :merging].sort(-1).values, falling[:, merging:]
+    falling = descending((best / length).masked_fill(~lower, -torch.inf))
+    gone, stays = falling[:, :merging].sort(-1).values, falling[:, merging:].sort(-1).values
     target = target.gather(1, gone)
-    gone = lower.gather(1, gone)
 
-    # A product with ones, as adding rows by index has no fixed order on a GPU.
-    ones = (target[:, None] == torch.arange(upper.shape[1], device=target.device)[:, None]).float()
-    means = (rows_at(tokens, upper).float() + ones @ rows_at(tokens, gone).float()) / (1 + ones.sum(-1, keepdim=True))
-    kept, places = torch.cat((upper, lower.gather(1, stays)), 1).sort(-1)
-    left = torch.cat((means.to(tokens.dtype), rows_at(tokens, lower.gather(1, stays))), 1)
-    return Selection(
-        kept,
-        torch.stack((gone, upper.gather(1, target)), -1),
-        rows_at(left, places),
-    )
+    # Where every token is now; a product, as adding rows by index has no fixed order on a GPU.
+    owner = torch.arange(reserve, device=gone.device).expand_as(reserved).scatter(1, gone, target)
+    parts = (owner[:, None] == stays[..., None]).float()
+    means = (parts @ rows_at(tokens, reserved).float()) / parts.sum(-1, keepdim=True)
+    merged = torch.stack((reserved.gather(1, gone), reserved.gather(1, target)), -1)
+    return Selection(reserved.gather(1, stays), merged, means.to(tokens.dtype))
