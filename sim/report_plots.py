@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,16 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Of variants, such as "flashvla-16-layer=1-off", without the settings that no two of them need to differ."""
+    parts = [re.split("-(?=[a-z])", name) for name in names]
+    for setting in sorted({part.split("=")[0] for each in parts for part in each if "=" in part}):
+        fewer = [[part for part in each if not part.startswith(f"{setting}=")] for each in parts]
+        if len({tuple(each) for each in fewer}) == len(parts):
+            parts = fewer
+    return ["-".join(each) for each in parts]
+
+
 def pareto_plot(points: Sequence[Point], cost: str) -> str:
     """Success against cost, one point a variant, and a line through the front. cost: the axis, with its unit."""
 
@@ -151,9 +162,10 @@ def pareto_plot(points: Sequence[Point], cost: str) -> str:
         axes.grid(axis="both")
         axes.margins(x=0.12, y=0.08)
         places = [_place(axes, point.cost, 100 * point.rate) for point in points]
-        for point, offset in zip(points, label_offsets([point.name for point in points], places), strict=True):
+        names = short_names([point.name for point in points])
+        for point, name, offset in zip(points, names, label_offsets(names, places), strict=True):
             axes.annotate(
-                point.name,
+                name,
                 (point.cost, 100 * point.rate),
                 xytext=offset,
                 textcoords="offset points",

@@ -52,7 +52,10 @@ def _pictures(found: Sequence[Standing]) -> str:
         ]
         if points:
             figures.append(f"<figure>{pareto_plot(points, name)}</figure>")
-    said = "Lines are 95 % intervals (Wilson); the dashed one joins the variants that none beats in both."
+    said = (
+        "Lines are 95 % intervals (Wilson); the dashed one joins the variants that none beats in both. Names are "
+        "without the settings that no two variants need to differ."
+    )
     return f'{"".join(figures)}<p class="soft">{said}</p>' if figures else ""
 
 

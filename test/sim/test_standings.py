@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sim.report_plots import LABEL, Point, front, label_offsets
+from sim.report_plots import LABEL, Point, front, label_offsets, short_names
 from sim.results import EpisodeKey, EpisodeResult
 from sim.standings import standings
 
@@ -86,6 +86,18 @@ def test_the_front_is_what_no_other_beats_in_both() -> None:
     rates = {"dear": (3.0, 0.9), "beaten": (2.0, 0.6), "cheap": (1.0, 0.7), "as good and dearer": (4.0, 0.9)}
     points = [Point(name, rate, (0, 1), cost) for name, (cost, rate) in rates.items()]
     assert [point.name for point in front(points)] == ["cheap", "dear"]
+
+
+def test_a_picture_s_names_have_the_settings_that_tell_variants_apart() -> None:
+    gated = "flashvla-16-layer=1-trim=false-gated-min_overlap=0"
+    assert short_names(["none-off", "fastv-16-layer=1-off", gated, f"{gated}-max_consecutive=2"]) == [
+        "none-off",
+        "fastv-16-off",
+        "flashvla-16-gated",
+        "flashvla-16-gated-max_consecutive=2",
+    ]
+    keeps = ["flashvla-16-energy=1e-05-off", "flashvla-16-energy=0.5-off", "flashvla-80-energy=0.5-off"]
+    assert short_names(keeps) == keeps
 
 
 def test_names_of_points_that_lie_close_hide_neither_each_other_nor_a_point() -> None:
