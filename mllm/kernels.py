@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from quant.packed import PackedLinear
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Where a vector has 256 bits MKL is the faster one, by an eighth in training.
 WIDE = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+# Of weights that oneDNN has laid out for itself, a product is the faster one in either case, most of all of few rows.
+LAYS_OUT = ONEDNN and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+# A layer with more weights is not to take twice the memory.
+MODEST = 1 << 23
 # Below so many rows oneDNN's set-up costs more than it saves, unless there are more weights than so many.
 ONEDNN_ROWS = 8
 LARGE = 1 << 19
@@ -45,10 +50,39 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """By `product`."""
+    """By `product`; and two rows or more without gradients on a CPU from weights that oneDNN has laid out for itself.
+
+    That is done once for all numbers of rows, and again when the weights are others; what is written behind autograd's
+    back, by `weight.data`, goes unnoticed. They take as much memory again, and are part of no copy and no checkpoint.
+    """
+
+    _laid_out: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._lays_out(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight_laid_out(), self.bias, "none", [], "")
         return product(x, self.weight, self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_laid_out"}
+
+    def _lays_out(self, x: Tensor) -> bool:
+        weight = self.weight
+        return (
+            LAYS_OUT
+            and not torch.is_grad_enabled()
+            and x.device.type == weight.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and x.numel() > self.in_features
+            and weight.numel() <= MODEST
+            and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or weight.is_inference())
+        )
+
+    def _weight_laid_out(self) -> Tensor:
+        which = self.weight.data_ptr(), self.weight._version
+        if self._laid_out is None or self._laid_out[0] != which:
+            self._laid_out = which, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+        return self._laid_out[1]
 
 
 def matrix_weights(module: nn.Module) -> int:

@@ -32,7 +32,7 @@ def _reached(found: Sequence[Standing], episodes: Mapping[str, Sequence[EpisodeR
     said = (
         "Milliseconds are the policy's, and GFLOPs the model's, in a control step, over all of them: also those in "
         "which it went on with a plan or reused an action. Visual: of visual tokens in the decoder alone. "
-        "MB: of the model's weights in memory."
+        "MB: of the model's weights."
     )
     made = table([*heads, "reused", "GFLOPs", "visual", "MB"], rows, 2)
     return f'{made}<p class="soft">{said}</p>'

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -43,6 +46,83 @@ def test_products_of_every_shape_are_torchs_to_rounding(rows, shape):
     assert close(product(x, part), linear(x, part))
     turned, sparse = torch.randn(size, count).T, torch.randn(*rows, 2 * size)[..., ::2]
     assert close(product(sparse, turned), linear(sparse, turned))
+
+
+laying_out = pytest.mark.skipif(not kernels.LAYS_OUT, reason="oneDNN lays out no weights on this processor")
+
+
+@laying_out
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(192, 64), (7, 5), (33, 100), (1, 3)], ids=str)
+@pytest.mark.parametrize("rows", [(2,), (1, 6), (3, 40), (2, 3, 5)], ids=str)
+@torch.inference_mode()
+def test_laid_out_weights_give_torchs_products_to_rounding(rows, shape, biased):
+    with torch.inference_mode(False):
+        layer = Linear(shape[1], shape[0], bias=biased)
+    x = torch.randn(*rows, 2 * shape[1])[..., ::2]
+    expected = linear(x, layer.weight, layer.bias)
+    assert close(layer(x), expected)
+    assert layer._laid_out is not None
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@laying_out
+@torch.no_grad()
+def test_other_weights_are_laid_out_anew():
+    layer, x = Linear(24, 36), torch.randn(40, 24)
+    layer(x)
+    kept = layer._laid_out
+    assert torch.equal(layer(x), layer(x))
+    assert layer._laid_out is kept
+    for change in (
+        lambda: layer.weight.mul_(2),
+        lambda: layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()}),
+        lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(36, 24))),
+        lambda: setattr(layer.weight, "data", torch.randn(36, 24)),
+    ):
+        change()
+        assert close(layer(x), linear(x, layer.weight, layer.bias))
+
+
+@laying_out
+def test_only_answers_on_the_processor_in_float32_by_modest_layers_take_laid_out_weights(monkeypatch):
+    layer, x = Linear(24, 36), torch.randn(40, 24)
+    layer(x)  # with gradients
+    with torch.no_grad():
+        layer(x[:1])  # one row has a kernel of its own
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        monkeypatch.setattr(kernels, "MODEST", 24 * 36 - 1)
+        layer(x)
+        monkeypatch.undo()
+        layer.double()(x.double())
+    assert layer._laid_out is None
+    with torch.inference_mode():
+        untracked = Linear(24, 36)
+        untracked(x)
+        assert untracked._laid_out is None
+
+
+@laying_out
+@torch.no_grad()
+def test_copies_and_checkpoints_are_without_laid_out_weights():
+    layer, x = Linear(24, 36), torch.randn(40, 24)
+    expected = layer(x)
+    twin, state = copy.deepcopy(layer), layer.state_dict()
+    assert twin._laid_out is None
+    assert sorted(state) == ["bias", "weight"]
+    assert torch.equal(twin(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+
+
+@laying_out
+@torch.no_grad()
+def test_operations_on_laid_out_weights_are_counted():
+    layer, x = Linear(24, 36), torch.randn(40, 24)
+    layer(x)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 40 * 24 * 36
 
 
 @pytest.mark.usefixtures("library")
