@@ -36,8 +36,7 @@ SMALL = 1 << 17
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: (..., K), weight: (N, K), bias: (N,). Returns x weight^T + bias, (..., N), as `F.linear` does."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if plain or torch.is_autocast_enabled("cpu"):
+    if not _is_ours(x, weight):
         return F.linear(x, weight, bias)
     size = x.shape[-1]
     if WIDE and x.numel() >= (2 if weight.numel() > LARGE else ONEDNN_ROWS) * size:
@@ -56,11 +55,12 @@ class Linear(nn.Linear):
     back, by `weight.data`, goes unnoticed. They take as much memory again, and are part of no copy and no checkpoint.
     """
 
-    _laid_out: tuple[tuple[int, int], Tensor] | None = None
+    # Of which weights, which version of them, and laid out. They are held, so that no others come to lie in their place.
+    _laid_out: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._lays_out(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight_laid_out(), self.bias, "none", [], "")
+            return _onednn(x, self._weight_laid_out(), self.bias)
         return product(x, self.weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,18 +71,18 @@ class Linear(nn.Linear):
         return (
             LAYS_OUT
             and not torch.is_grad_enabled()
-            and x.device.type == weight.device.type == "cpu"
-            and x.dtype == weight.dtype == torch.float32
+            and _is_ours(x, weight)
             and x.numel() > self.in_features
             and weight.numel() <= MODEST
-            and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or weight.is_inference())
+            and not (torch.compiler.is_compiling() or weight.is_inference())
         )
 
     def _weight_laid_out(self) -> Tensor:
-        which = self.weight.data_ptr(), self.weight._version
-        if self._laid_out is None or self._laid_out[0] != which:
-            self._laid_out = which, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
-        return self._laid_out[1]
+        weight, known = self.weight, self._laid_out
+        if known is None or known[0].data_ptr() != weight.data_ptr() or known[1] != weight._version:
+            held = weight.detach()
+            known = self._laid_out = held, weight._version, torch.ops.mkldnn._reorder_linear_weight(held, None)
+        return known[2]
 
 
 def matrix_weights(module: nn.Module) -> int:
@@ -124,6 +124,12 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     batch, count, size = x.shape
     first = torch.arange(0, batch * count, count, device=index.device)[:, None]
     return x.reshape(-1, size).index_select(0, (index + first).flatten()).view(batch, -1, size)
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is not left to torch."""
+    here = x.device.type == "cpu" and x.dtype == torch.float32 and weight.dtype == torch.float32
+    return here and not torch.is_autocast_enabled("cpu")
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -85,6 +85,17 @@ def test_other_weights_are_laid_out_anew():
 
 
 @laying_out
+@torch.no_grad()
+def test_weights_that_come_to_lie_where_others_lay_are_laid_out_anew():
+    layer, x = Linear(24, 36), torch.randn(40, 24)
+    for _ in range(20):
+        layer(x)
+        for _ in range(2):  # the second may take the memory of the first
+            layer.weight.data = torch.randn(36, 24)
+        assert close(layer(x), linear(x, layer.weight, layer.bias))
+
+
+@laying_out
 def test_only_answers_on_the_processor_in_float32_by_modest_layers_take_laid_out_weights(monkeypatch):
     layer, x = Linear(24, 36), torch.randn(40, 24)
     layer(x)  # with gradients
