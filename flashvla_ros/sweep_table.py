@@ -84,7 +84,7 @@ def run_closed_loop(
 
 def standings_table(found: Sequence[Standing], title: str) -> Table:
     """One row a variant; differences are from the first. Milliseconds are the policy's, over all control steps; MB
-    the model's weights in memory.
+    the model's weights.
     """
     table = Table(Column("arm", overflow="fold"), title=title)
     names = [

@@ -167,7 +167,7 @@ class Compressor:
         self.config, self.places = config, places
         self.slots, self.stop, self.mutual = slots, stop, mutual
         self.groups = images if config.per_camera else 1
-        self._rest: dict[int, Tensor] = {}
+        self._known_others: dict[int, Tensor] = {}
 
     def __call__(self, state: LayerState) -> Kept | None:
         if state.layer != self.config.layer or self.config.method == "none":
@@ -176,11 +176,11 @@ class Compressor:
         places = self.places.expand(batch, -1)
         selection = self._select(state, places)
         kept = places.gather(1, selection.kept)
-        rest = self._others(count).expand(batch, -1)
-        index, order = torch.cat((rest, kept), 1).sort(-1)
+        others = self._others(count).expand(batch, -1)
+        index, order = torch.cat((others, kept), 1).sort(-1)
         hidden = merged = None
         if selection.tokens is not None:
-            hidden = rows_at(torch.cat((rows_at(state.hidden, rest), selection.tokens), 1), order)
+            hidden = rows_at(torch.cat((rows_at(state.hidden, others), selection.tokens), 1), order)
         if selection.merged is not None:
             merged = places.gather(1, selection.merged.flatten(1)).view_as(selection.merged)
         return Kept(index, hidden, trim=self.config.trim, merged=merged)
@@ -208,12 +208,12 @@ class Compressor:
 
     def _others(self, count: int) -> Tensor:
         """The places among so many where no visual token stands, (B or 1, count - N), ascending."""
-        if count not in self._rest:
+        if count not in self._known_others:
             other = torch.ones(len(self.places), count, dtype=torch.bool, device=self.places.device)
             other.scatter_(1, self.places, False)
-            rest = count - self.places.shape[1]
-            self._rest[count] = other.byte().argsort(dim=1, descending=True, stable=True)[:, :rest]
-        return self._rest[count]
+            first = other.byte().argsort(dim=1, descending=True, stable=True)
+            self._known_others[count] = first[:, : count - self.places.shape[1]]
+        return self._known_others[count]
 
     def _query(self, count: int) -> tuple[slice, int]:
         """Rows whose attention counts, of so many positions, and how many of the first positions they see."""
