@@ -55,7 +55,7 @@ class Linear(nn.Linear):
     back, by `weight.data`, goes unnoticed. They take as much memory again, and are part of no copy and no checkpoint.
     """
 
-    # Of which weights, which version of them, and laid out. They are held, so that no others come to lie in their place.
+    # Which weights, which version of them, and laid out. They are held, so that no others come to lie in their place.
     _laid_out: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -158,8 +158,9 @@ class VLAPolicy:
         none where the action is left of an earlier chunk.
 
         flags: "prompt_tokens" where the model ran, and what that costs: "weight_bytes" of the weights, without copies
-        that `mllm.kernels` lays out, and of `mllm.flops` "flops" (of the whole look) and "visual_flops"; "chunk_step", the number of the
-        action, where chunks have several; "passes", where the model is causal, that its answer took to decode.
+        that `mllm.kernels` lays out, and of `mllm.flops` "flops" (of the whole look) and "visual_flops"; "chunk_step",
+        the number of the action, where chunks have several; "passes", where the model is causal, that its answer took
+        to decode.
         Raises PolicyError: an observation without what the model looks at, or with NaN or infinity in it, or what
         `ActionDecoder.check` raises.
         """
